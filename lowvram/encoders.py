@@ -1,0 +1,144 @@
+"""Prompt media to prompt rows: the vision and audio towers, a few windows at a time.
+
+Exact, because attention never leaves a window: a temporal patch of a video (or an image) attends within itself, and
+two seconds of sound within themselves. What is decoded is encoded and forgotten; only the features stay, on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .flow import AudioInput, ModelInputs, PromptEmbeds, VisualInput, Weights
+from .model import Hearing, Vision
+from .weights import HostRows
+
+BlockContext = AbstractContextManager[nn.Module]
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """The vision tower: its layout rules, its layers, and the rest (patch embedding, merger)."""
+
+    vision: Vision
+    layers: Weights
+    rest: BlockContext
+
+
+@dataclass(frozen=True)
+class AudioTower:
+    """The audio tower: its tables, its layers, and the rest (convolutions, final norm, projection)."""
+
+    hearing: Hearing
+    layers: Weights
+    rest: BlockContext
+
+
+def embed_prompt(inputs: ModelInputs, embed_tokens: HostRows) -> PromptEmbeds:
+    """The prompt's rows [T, H] on the host: text in place, media rows still to be filled by the encoders."""
+    is_media = torch.zeros(len(inputs.input_ids), dtype=torch.bool)
+    for medium in (*inputs.visuals, *inputs.audios):
+        is_media[medium.rows] = True
+    embeds = torch.zeros(len(inputs.input_ids), embed_tokens.width, dtype=embed_tokens.dtype)
+    embeds[~is_media] = embed_tokens(inputs.input_ids[~is_media])
+    return PromptEmbeds(embeds, is_media, inputs.position_ids, inputs.next_position)
+
+
+@torch.inference_mode()
+def encode_visuals(
+    visuals: Sequence[VisualInput], tower: VisionTower, embeds: Tensor, *, chunk_patches: int, device: torch.device
+) -> Iterator[int]:
+    """Fill the rows of images and videos in `embeds` [T, H], yielding how many rows each step filled.
+
+    At most `chunk_patches` patches are computed at once, but never less than one temporal patch.
+    """
+    for visual in visuals:
+        filled = 0
+        for patches, grid in _runs_of_frames(visual, chunk_patches):
+            features = _see(patches.to(device, tower.vision.dtype), grid, tower)
+            rows = visual.rows[filled : filled + len(features)]
+            embeds[rows] = features.to(embeds.device)
+            filled += len(features)
+            yield len(features)
+        assert filled == len(visual.rows), f"{filled} features for {len(visual.rows)} placeholders"
+
+
+@torch.inference_mode()
+def encode_audios(
+    audios: Sequence[AudioInput], tower: AudioTower, embeds: Tensor, *, chunk_windows: int, device: torch.device
+) -> Iterator[int]:
+    """Fill the rows of sounds in `embeds` [T, H], `chunk_windows` windows at a time, yielding rows filled."""
+    for audio in audios:
+        filled = 0
+        for mel in audio.mel.split(chunk_windows * tower.hearing.window_frames, dim=1):
+            features = _hear(mel.to(device, tower.hearing.dtype), tower)
+            rows = audio.rows[filled : filled + len(features)]
+            embeds[rows] = features.to(embeds.device)
+            filled += len(features)
+            yield len(features)
+        assert filled == len(audio.rows), f"{filled} features for {len(audio.rows)} placeholders"
+
+
+def _runs_of_frames(visual: VisualInput, chunk_patches: int) -> Iterator[tuple[Tensor, tuple[int, int, int]]]:
+    """Temporal patches gathered into runs of at most `chunk_patches` patches, each with its own grid."""
+    _, height, width = visual.grid
+    per_run = max(1, chunk_patches // (height * width))
+    run: list[Tensor] = []
+    for patch in visual.patches():
+        run.append(patch)
+        if len(run) == per_run:
+            yield torch.cat(run), (len(run), height, width)
+            run = []
+    if run:
+        yield torch.cat(run), (len(run), height, width)
+
+
+def _see(patches: Tensor, grid: tuple[int, int, int], tower: VisionTower) -> Tensor:
+    """Features [n, H] of a run of temporal patches [4n, 3*2*14*14], in merge order."""
+    vision, layout = tower.vision, tower.vision.layout(grid)
+    with tower.rest as rest:
+        hidden = _by_window(rest["patch_embed"](patches), layout.window_index)
+    rotary = vision.rotary(hidden, layout.position_ids.to(hidden.device))
+    rotary = tuple(_by_window(table, layout.window_index) for table in rotary)
+    for index, block in enumerate(tower.layers):
+        bounds = layout.frame_bounds if index in vision.full_attention_layers else layout.window_bounds
+        with block as layer:
+            # Bounds stay on the host: the layer reads their lengths, and a device copy would cost a sync per layer.
+            hidden = layer(hidden, cu_seqlens=bounds, position_embeddings=rotary)
+    with tower.rest as rest:
+        merged = rest["merger"](hidden)
+    return merged[layout.window_index.argsort().to(merged.device)]
+
+
+def _by_window(rows: Tensor, window_index: Tensor) -> Tensor:
+    """Reorder [4n, ...] so that the four patches of each merged one stay together and windows follow each other."""
+    merged = rows.view(len(window_index), -1, *rows.shape[1:])
+    return merged[window_index.to(rows.device)].view_as(rows)
+
+
+def _hear(mel: Tensor, tower: AudioTower) -> Tensor:
+    """Features [n, H] of mel frames [128, F] that start on a window boundary."""
+    window_frames = tower.hearing.window_frames
+    with tower.rest as rest:
+        windows = [_convolve(window, rest, tower.hearing.positions) for window in mel.split(window_frames, dim=1)]
+    lengths = torch.tensor([0, *(len(window) for window in windows)])
+    hidden, bounds = torch.cat(windows), lengths.cumsum(0)
+    for block in tower.layers:
+        with block as layer:
+            (hidden,) = layer(hidden, cu_seqlens=bounds)
+    # Two neighbours are averaged; a window's length is even but for the last, whose odd frame has no partner.
+    pairs = hidden[: len(hidden) // 2 * 2].view(-1, 2, hidden.shape[1])
+    with tower.rest as rest:
+        return rest["proj"](rest["ln_post"]((pairs[:, 0] + pairs[:, 1]) / 2))
+
+
+def _convolve(mel: Tensor, rest: nn.Module, positions: Tensor) -> Tensor:
+    """One window's mel frames [128, f] as rows [ceil(f / 2), D] with their positions added."""
+    hidden = F.gelu(rest["conv1"](mel.unsqueeze(0)))
+    hidden = F.gelu(rest["conv2"](hidden)).squeeze(0).T
+    return hidden + positions[: len(hidden)].to(hidden.dtype)

@@ -1,0 +1,344 @@
+"""A checkpoint as the parts that stages work with. The only room that knows the modelling library's tree.
+
+The library's modules are built as skeletons without memory, 4-bit linears are fitted where the checkpoint stores
+them, and every weight is handed out in blocks. Nothing of the library is subclassed or changed: its layers, norms and
+rotary tables are used as they are, its loops are not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniConfig
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
+    Qwen2_5OmniAudioEncoder,
+    Qwen2_5OmniTalkerModel,
+    Qwen2_5OmniThinkerTextModel,
+    Qwen2_5OmniToken2WavBigVGANModel,
+    Qwen2_5OmniToken2WavDiTModel,
+    Qwen2_5OmniVisionEncoder,
+)
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+
+from . import attention
+from .checkpoint import Checkpoint, TensorEntry, TensorReader
+from .errors import CheckpointError
+from .kv_cache import KVCache
+from .offload.transfer import TORCH_DTYPE, Transfer
+from .quant.linear import AWQLinear
+from .quant.matmul import Backend
+from .quant.scheme import AWQScheme, read_scheme
+from .weights import HostRows, WeightBlock
+
+EMBED_TOKENS = "thinker.model.embed_tokens.weight"
+LM_HEAD = "thinker.lm_head.weight"
+CODEC_EMBED = "talker.model.embed_tokens.weight"
+NEVER_READ = ("thinker.audio_tower.audio_bos_eos_token.weight", EMBED_TOKENS, CODEC_EMBED)
+"""Published tensors outside all blocks: one the reference never uses either, and the tables that stay in their files."""
+
+_SKELETON_LOCK = threading.Lock()
+"""accelerate swaps a torch method while a skeleton is built; two of our own threads must not do so at once."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a decoder stack (thinker or talker) is apart from its weights."""
+
+    rotary: nn.Module
+    n_layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def new_cache(self, max_tokens: int, device: torch.device) -> KVCache:
+        """An empty cache for a turn of at most `max_tokens` positions."""
+        return KVCache(self.n_layers, self.kv_heads, self.head_dim, max_tokens, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class VisionLayout:
+    """How one run of temporal patches of a common height and width is laid out for the vision tower.
+
+    `window_index` [n] orders merged patches by window, `position_ids` [4n, 2] are (row, column); the boundaries say
+    where attention stops: `frame_bounds` in full-attention layers, `window_bounds` in the others. All on the host.
+    """
+
+    window_index: Tensor
+    position_ids: Tensor
+    frame_bounds: Tensor
+    window_bounds: Tensor
+
+
+@dataclass(frozen=True)
+class Vision:
+    """What the vision tower is apart from its weights."""
+
+    rotary: nn.Module
+    merge_size: int
+    window_size: int
+    patch_size: int
+    full_attention_layers: frozenset[int]
+    dtype: torch.dtype
+
+    def layout(self, grid: tuple[int, int, int]) -> VisionLayout:
+        """The layout for `grid` (temporal, height, width) patches."""
+        grid_thw = torch.tensor([grid])
+        window_index, window_bounds = get_vision_window_index(
+            grid_thw, self.merge_size, self.window_size, self.patch_size
+        )
+        return VisionLayout(
+            window_index=window_index,
+            position_ids=get_vision_position_ids(grid_thw, self.merge_size),
+            frame_bounds=get_vision_cu_seqlens(grid_thw),
+            window_bounds=window_bounds,
+        )
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """What the audio tower is apart from its weights: `positions` [max, D] is its sinusoidal table, and one window is
+    `window_frames` mel frames."""
+
+    positions: Tensor
+    window_frames: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class OmniModel:
+    """A checkpoint's skeletons, block by block, with the tables that stay on the host.
+
+    `components` maps audio_tower, visual, thinker, lm_head, talker, dit and bigvgan to their blocks: one per layer
+    and, last, one with the rest of the component. The last three are absent when the checkpoint does not speak.
+    """
+
+    config: Qwen2_5OmniConfig
+    dtype: torch.dtype
+    components: Mapping[str, tuple[WeightBlock, ...]]
+    embed_tokens: HostRows
+    codec_embed: HostRows | None
+    thinker: Decoder
+    talker: Decoder | None
+    vision: Vision
+    hearing: Hearing
+    kernel: str
+
+    @property
+    def speaks(self) -> bool:
+        return self.talker is not None
+
+
+def build_model(
+    checkpoint: Checkpoint, reader: TensorReader, *, device: torch.device, dtype: torch.dtype, backend: Backend
+) -> OmniModel:
+    """Build the skeletons of `checkpoint` and account for every stored tensor; no weight is read.
+
+    Thinker, talker and encoders compute in `dtype`; token2wav in float32, as the reference does. Raises
+    CheckpointError for missing, surplus, misshapen or mistyped tensors, UnsupportedQuantError for a quantization
+    other than AWQ.
+    """
+    attention.register()
+    builder = _Builder(checkpoint, Transfer(reader, device), device, dtype, backend)
+    with _SKELETON_LOCK, init_empty_weights(include_buffers=False):
+        model = builder.build(reader)
+    _refuse_surplus(checkpoint, model)
+    return model
+
+
+class _Builder:
+    """Builds one component after another; lives only inside `build_model`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, transfer: Transfer, device: torch.device, dtype: torch.dtype, backend: Backend
+    ) -> None:
+        self.config = _read_config(checkpoint)
+        self.tensors = checkpoint.tensors
+        self.transfer = transfer
+        self.device = device
+        self.dtype = dtype
+        self.backend = backend
+        self.scheme = read_scheme(checkpoint.quantization)
+
+    def build(self, reader: TensorReader) -> OmniModel:
+        thinker_config, talker_config = self.config.thinker_config, self.config.talker_config
+        audio, hearing = self._audio_tower(thinker_config.audio_config)
+        visual, vision = self._visual(thinker_config.vision_config)
+        thinker, thinking = self._thinker(thinker_config.text_config)
+        components = {"audio_tower": audio, "visual": visual, "thinker": thinker, "lm_head": self._lm_head()}
+        talking = codec_embed = None
+        if self.config.enable_audio_output and CODEC_EMBED in self.tensors:
+            components["talker"], talking = self._talker(talker_config)
+            components |= self._token2wav(self.config.token2wav_config)
+            codec_embed = self._host_rows(reader, CODEC_EMBED)
+        return OmniModel(
+            config=self.config,
+            dtype=self.dtype,
+            components=components,
+            embed_tokens=self._host_rows(reader, EMBED_TOKENS),
+            codec_embed=codec_embed,
+            thinker=thinking,
+            talker=talking,
+            vision=vision,
+            hearing=hearing,
+            kernel=self.backend.name if self.scheme else "torch",
+        )
+
+    def _audio_tower(self, config: Any) -> tuple[tuple[WeightBlock, ...], Hearing]:
+        tower = Qwen2_5OmniAudioEncoder(config)
+        rest = nn.ModuleDict({name: getattr(tower, name) for name in ("conv1", "conv2", "ln_post", "proj")})
+        blocks = self._blocks("audio_tower", tower.layers, "thinker.audio_tower.layers", rest, "thinker.audio_tower.")
+        positions = tower.positional_embedding.positional_embedding.to(self.device)
+        return blocks, Hearing(positions, 2 * config.n_window, self.dtype)
+
+    def _visual(self, config: Any) -> tuple[tuple[WeightBlock, ...], Vision]:
+        tower = Qwen2_5OmniVisionEncoder(config)
+        rest = nn.ModuleDict({"patch_embed": tower.patch_embed, "merger": tower.merger})
+        blocks = self._blocks("visual", tower.blocks, "thinker.visual.blocks", rest, "thinker.visual.")
+        return blocks, Vision(
+            rotary=_buffers_to(tower.rotary_pos_emb, self.device),
+            merge_size=config.spatial_merge_size,
+            window_size=config.window_size,
+            patch_size=config.patch_size,
+            full_attention_layers=frozenset(config.fullatt_block_indexes),
+            dtype=self.dtype,
+        )
+
+    def _thinker(self, config: Any) -> tuple[tuple[WeightBlock, ...], Decoder]:
+        model = Qwen2_5OmniThinkerTextModel(config)
+        if self.scheme:
+            _fit_quantized(model.layers, "thinker.model.layers.", self.tensors, self.scheme, self.backend, self.dtype)
+        rest = nn.ModuleDict({"norm": model.norm})
+        blocks = self._blocks("thinker", model.layers, "thinker.model.layers", rest, "thinker.model.")
+        return blocks, self._decoder(model.rotary_emb, config)
+
+    def _lm_head(self) -> tuple[WeightBlock, ...]:
+        config = self.config.thinker_config.text_config
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        tied = LM_HEAD not in self.tensors and config.tie_word_embeddings
+        prefix = EMBED_TOKENS.removesuffix("weight") if tied else LM_HEAD.removesuffix("weight")
+        return (self._block("lm_head", head, prefix),)
+
+    def _talker(self, config: Any) -> tuple[tuple[WeightBlock, ...], Decoder]:
+        model = Qwen2_5OmniTalkerModel(config)
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        projection = nn.Linear(config.embedding_size, config.hidden_size)
+        layers = self._layer_blocks("talker", model.layers, "talker.model.layers")
+        # Their published names share only the prefix "talker.", so the norm's path spells out the rest.
+        rest = nn.ModuleDict(
+            {
+                "model": nn.ModuleDict({"norm": model.norm}),
+                "thinker_to_talker_proj": projection,
+                "codec_head": head,
+            }
+        )
+        return (*layers, self._block("talker.rest", rest, "talker.")), self._decoder(model.rotary_emb, config)
+
+    def _token2wav(self, config: Any) -> dict[str, tuple[WeightBlock, ...]]:
+        parts = {
+            "dit": (Qwen2_5OmniToken2WavDiTModel(config.dit_config), "token2wav.code2wav_dit_model."),
+            "bigvgan": (Qwen2_5OmniToken2WavBigVGANModel(config.bigvgan_config), "token2wav.code2wav_bigvgan_model."),
+        }
+        return {
+            name: (self._block(name, _buffers_to(module.eval(), self.device), prefix, torch.float32),)
+            for name, (module, prefix) in parts.items()
+        }
+
+    def _blocks(
+        self, component: str, layers: nn.ModuleList, layers_prefix: str, rest: nn.Module, rest_prefix: str
+    ) -> tuple[WeightBlock, ...]:
+        return (*self._layer_blocks(component, layers, layers_prefix), self._block(f"{component}.rest", rest, rest_prefix))
+
+    def _layer_blocks(self, component: str, layers: nn.ModuleList, prefix: str) -> list[WeightBlock]:
+        return [self._block(f"{component}.{i}", layer, f"{prefix}.{i}.") for i, layer in enumerate(layers)]
+
+    def _block(self, name: str, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> WeightBlock:
+        return WeightBlock(name, module.eval(), prefix, self.tensors, self.transfer, dtype or self.dtype)
+
+    def _decoder(self, rotary: nn.Module, config: Any) -> Decoder:
+        return Decoder(
+            rotary=_buffers_to(rotary, self.device),
+            n_layers=config.num_hidden_layers,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            dtype=self.dtype,
+        )
+
+    def _host_rows(self, reader: TensorReader, name: str) -> HostRows:
+        if name not in self.tensors:
+            raise CheckpointError(f"tensor {name} is missing from the checkpoint", tensor=name)
+        entry = self.tensors[name]
+        # A copy-on-write view of the file: torch wants writable memory, and only rows that are read are loaded.
+        rows = torch.from_numpy(reader.rows(entry)).view(TORCH_DTYPE[entry.dtype])
+        return HostRows(rows, self.dtype)
+
+
+def _read_config(checkpoint: Checkpoint) -> Qwen2_5OmniConfig:
+    """The library's config of a published one, old key spellings included, with our attention chosen."""
+    config = Qwen2_5OmniConfig.from_dict(dict(checkpoint.config))
+    thinker = config.thinker_config
+    for part in (thinker.text_config, thinker.vision_config, thinker.audio_config, config.talker_config):
+        part._attn_implementation = attention.NAME
+    return config
+
+
+def _fit_quantized(
+    layers: nn.Module,
+    prefix: str,
+    tensors: Mapping[str, TensorEntry],
+    scheme: AWQScheme,
+    backend: Backend,
+    dtype: torch.dtype,
+) -> None:
+    """Put a 4-bit linear wherever the checkpoint stores `.qweight`.
+
+    The published list of modules left alone names none that the library's tree has, so the tensors decide.
+    """
+    for path, linear in list(layers.named_modules()):
+        if isinstance(linear, nn.Linear) and f"{prefix}{path}.qweight" in tensors:
+            quantized = AWQLinear(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                group_size=scheme.group_size,
+                backend=backend,
+                dtype=dtype,
+            )
+            layers.set_submodule(path, quantized)
+
+
+def _buffers_to(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move the tables that a constructor computed (no weights); they are small and stay on the device."""
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            child._buffers[name] = None if buffer is None else buffer.to(device)
+    return module
+
+
+def _refuse_surplus(checkpoint: Checkpoint, model: OmniModel) -> None:
+    """Raise for stored tensors that nothing reads, apart from those that a constructor computes anyway."""
+    read = {name for blocks in model.components.values() for block in blocks for name in block.stored_names}
+    silent = () if model.speaks else ("talker.", "token2wav.")
+    computed = _computed_leaves(model.components.values())
+    for name, entry in checkpoint.tensors.items():
+        leaf = name.rsplit(".", 1)[-1]
+        if name not in read and name not in NEVER_READ and leaf not in computed and not name.startswith(silent or "\0"):
+            raise CheckpointError(
+                f"tensor {name} in {entry.path.name} belongs to no part of this model",
+                path=str(entry.path),
+                tensor=name,
+                hint="weights and config.json belong to different models, or the checkpoint is of a newer kind",
+            )
+
+
+def _computed_leaves(components: Iterable[Iterable[WeightBlock]]) -> set[str]:
+    """Names of buffers (rotary tables, resampling filters) that older checkpoints also store."""
+    buffers = {
+        name.rsplit(".", 1)[-1] for blocks in components for block in blocks for name, _ in block.module.named_buffers()
+    }
+    return buffers | {"inv_freq"}

@@ -1,0 +1,169 @@
+"""What a caller chooses: how text and codec tokens are drawn, how speech is made, how media are read, and limits.
+
+Every option is checked when it is made, so that a bad value is an `OptionError` at the door and never a
+surprise in the middle of an answer. Defaults are the reference's (transformers 5.23,
+`Qwen2_5OmniForConditionalGeneration.generate`, and qwen-omni-utils 0.0.9 for media).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import OptionError
+
+Solver = Literal["euler", "rk4"]
+SOLVERS: tuple[Solver, ...] = ("euler", "rk4")
+
+VISION_FACTOR = 28
+"""Frame sides are multiples of patch (14) x spatial merge (2) pixels."""
+
+DEFAULT_SYSTEM_PROMPT = (
+    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and"
+    " visual inputs, as well as generating text and speech."
+)
+"""The reference's system prompt; with another one, speech may be poor."""
+
+
+def _require(condition: bool, message: str, hint: str = "") -> None:
+    if not condition:
+        raise OptionError(message, hint=hint)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn from logits.
+
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch these filters off. `seed` None draws a fresh seed.
+    The default is greedy text, as the reference answers.
+    """
+
+    max_tokens: int = 1024
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}, but an answer has at least 1 token")
+        _require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            f"temperature is {self.temperature}, but must be 0 (greedy) or a positive number",
+        )
+        _require(self.top_k >= 0, f"top_k is {self.top_k}, but must be 0 (off) or more")
+        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}, but must be above 0 and at most 1 (off)")
+        _require(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            f"repetition_penalty is {self.repetition_penalty}, but must be a positive number (1 is off)",
+        )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+TALKER_SAMPLING = SamplingParams(max_tokens=4096, temperature=0.9, top_k=40, top_p=0.8, repetition_penalty=1.05)
+"""The reference's draw for codec tokens. 4096 codes are 82 s of speech."""
+
+
+@dataclass(frozen=True)
+class SpeechParams:
+    """How the answer is spoken.
+
+    `steps` counts the time points of the ODE grid as the reference does: 10 points are 9 Euler evaluations or 36 of
+    RK4. `guidance` is the classifier-free guidance scale (0 switches it off and halves the work). `chunk_s` is the
+    sound a caller gets at a time, rounded up to whole DiT blocks (12 codes, 0.24 s). `seed` fixes the noise the
+    sound is made from; None takes the codec tokens' seed.
+    """
+
+    voice: str | None = None
+    sampling: SamplingParams = TALKER_SAMPLING
+    steps: int = 10
+    guidance: float = 0.5
+    solver: Solver = "euler"
+    chunk_s: float = 0.96
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(2 <= self.steps <= 1000, f"steps is {self.steps}, but the ODE grid needs 2 to 1000 time points")
+        _require(
+            math.isfinite(self.guidance) and self.guidance >= 0, f"guidance is {self.guidance}, but must be 0 or more"
+        )
+        _require(
+            self.solver in SOLVERS, f"solver {self.solver!r} is unknown", hint=f"one of: {', '.join(SOLVERS)}"
+        )
+        _require(
+            0.24 <= self.chunk_s <= 60,
+            f"chunk_s is {self.chunk_s} s, but a chunk is 0.24 s (one DiT block) to 60 s of sound",
+        )
+
+
+@dataclass(frozen=True)
+class MediaParams:
+    """How media become model inputs; a message part may override each of these for itself.
+
+    `start_s`/`end_s` cut videos and audio (seconds). Sound inside a video is used when there is any and `video_sound`
+    is true. Pixels count per frame after resizing; `total_pixels` bounds frames x pixels of one video.
+    """
+
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    min_pixels: int = 128 * VISION_FACTOR**2
+    max_pixels: int = 768 * VISION_FACTOR**2
+    total_pixels: int = int(128_000 * VISION_FACTOR**2 * 0.9)
+    image_min_pixels: int = 4 * VISION_FACTOR**2
+    image_max_pixels: int = 16_384 * VISION_FACTOR**2
+    start_s: float | None = None
+    end_s: float | None = None
+    video_sound: bool = True
+
+    def __post_init__(self) -> None:
+        _require(
+            math.isfinite(self.fps) and self.fps > 0, f"fps is {self.fps}, but must be a positive number of frames/s"
+        )
+        _require(self.min_frames >= 2, f"min_frames is {self.min_frames}, but frames come in pairs: at least 2")
+        _require(
+            self.max_frames >= self.min_frames,
+            f"max_frames is {self.max_frames}, below min_frames {self.min_frames}",
+        )
+        for low, high, what in (
+            (self.min_pixels, self.max_pixels, "max_pixels"),
+            (self.image_min_pixels, self.image_max_pixels, "image_max_pixels"),
+        ):
+            _require(low >= 1, f"the smallest picture is {low} pixels, but must have at least 1")
+            _require(high >= low, f"{what} is {high} pixels, below the smallest picture of {low} pixels")
+        _require(self.total_pixels >= self.min_pixels, f"total_pixels is {self.total_pixels}, below one frame")
+        start_s = 0.0 if self.start_s is None else self.start_s
+        _require(start_s >= 0, f"start is {start_s} s, but media begin at 0 s")
+        if self.end_s is not None:
+            _require(self.end_s > start_s, f"end is {self.end_s} s, not after the start at {start_s} s")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what one turn may read and hold.
+
+    `prefill_chunk_tokens`, `vision_chunk_patches` and `audio_chunk_windows` set how much is computed at once: they
+    change memory and speed, never the answer. `max_prompt_tokens` None allows any prompt the checkpoint's positions
+    can number. `max_media_bytes` bounds a download or a pipe; `max_source_pixels` one decoded picture or frame.
+    """
+
+    prefill_chunk_tokens: int = 1024
+    vision_chunk_patches: int = 4096
+    audio_chunk_windows: int = 8
+    max_prompt_tokens: int | None = None
+    max_media_bytes: int = 4 * 1024**3
+    max_source_pixels: int = 16_384 * 16_384
+    network_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_chunk_tokens", "vision_chunk_patches", "audio_chunk_windows", "max_media_bytes"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, but must be at least 1")
+        if self.max_prompt_tokens is not None:
+            _require(
+                self.max_prompt_tokens >= 1, f"max_prompt_tokens is {self.max_prompt_tokens}, but must be at least 1"
+            )
+        _require(self.network_timeout_s > 0, f"network_timeout_s is {self.network_timeout_s}, but must be positive")

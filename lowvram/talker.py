@@ -1,0 +1,129 @@
+"""The thinker's rows to codec tokens: 50 a second of speech, one per decode step.
+
+Codec step i reads reply row i + 1 and nothing later, so the talker may follow the thinker token by token and says the
+same as if it had waited. When the reply ends, an end row and then a pad row, repeated, carry it to its own end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import chain, repeat
+
+import torch
+from torch import Tensor, nn
+
+from .flow import PromptEmbeds, ThinkerStep, Weights
+from .kv_cache import KVCache
+from .model import Decoder
+from .sampling import Sampler
+from .weights import HostRows
+
+
+@dataclass(frozen=True)
+class CodecIds:
+    """The codec ids that are not sound: `pad` and `end` stop the speech, `start` is never drawn, `mask` stands for
+    the prompt in the repetition penalty's eyes."""
+
+    mask: int
+    pad: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Talker:
+    """The talker: its decoder, its layers, the rest (input projection, final norm, head), and its ids."""
+
+    decoder: Decoder
+    layers: Weights
+    rest: AbstractContextManager[nn.Module]
+    codec_embed: HostRows
+    ids: CodecIds
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Rows [H] of the thinker's table that frame a reply: the voice's beginning, the end, and the pad."""
+
+    begin: Tensor
+    end: Tensor
+    pad: Tensor
+
+
+@torch.inference_mode()
+def talk(
+    talker: Talker,
+    prompt: PromptEmbeds,
+    prompt_rows: Tensor,
+    steps: Iterable[ThinkerStep],
+    text_rows: TextRows,
+    cache: KVCache,
+    sampler: Sampler,
+    *,
+    chunk_tokens: int,
+    max_codes: int,
+    device: torch.device,
+) -> Iterator[int]:
+    """Speak the reply as codec ids, one per step, up to and not including the one that ends the speech.
+
+    `prompt_rows` [T, H] are the talker's view of the prompt. A reply without words has no speech.
+    """
+    reply = (step.reply_row for step in steps if step.reply_row is not None)
+    first = next(reply, None)
+    if first is None or max_codes < 1:
+        return
+    hidden = _read_prompt(talker, prompt, prompt_rows, text_rows.begin, first, cache, chunk_tokens, device)
+    rows = chain(reply, (text_rows.end,), repeat(text_rows.pad))
+    for index in range(max_codes):
+        code = _draw(talker, hidden, sampler)
+        if code in (talker.ids.pad, talker.ids.end):
+            return
+        yield code
+        if index == max_codes - 1:
+            return
+        row = talker.codec_embed(torch.tensor([code])) + next(rows)
+        position = torch.full((3, 1), prompt.next_position + 2 + index)
+        hidden = _forward(talker, row.to(device), position, cache)
+
+
+def seen_by_penalty(ids: CodecIds) -> Tensor:
+    """Ids that the reference's repetition penalty counts from the start: its prompt is mask, then pad and start."""
+    return torch.tensor([ids.mask, ids.pad, ids.start])
+
+
+def _read_prompt(
+    talker: Talker,
+    prompt: PromptEmbeds,
+    prompt_rows: Tensor,
+    begin: Tensor,
+    first: Tensor,
+    cache: KVCache,
+    chunk_tokens: int,
+    device: torch.device,
+) -> Tensor:
+    """Read prompt, beginning and first reply row; return the hidden state that draws the first code."""
+    pad, start = talker.codec_embed(torch.tensor([talker.ids.pad, talker.ids.start]))
+    frame = torch.stack([begin + pad, first + start])
+    hidden = torch.empty(0)
+    for rows in torch.arange(len(prompt_rows)).split(chunk_tokens):
+        hidden = _forward(talker, prompt_rows[rows].to(device), prompt.position_ids[:, rows], cache)
+    positions = torch.arange(2).expand(3, 2) + prompt.next_position
+    return _forward(talker, frame.to(device), positions, cache)
+
+
+def _forward(talker: Talker, rows: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
+    """Hidden state [1, D] of the last of `rows` [n, H], which join the cache at positions [3, n]."""
+    with talker.rest as rest:
+        hidden = rest["thinker_to_talker_proj"](rows).unsqueeze(0)
+    rotary = talker.decoder.rotary(hidden, position_ids.to(hidden.device).unsqueeze(1))
+    for block in talker.layers:
+        with block as layer:
+            hidden = layer(hidden, position_embeddings=rotary, past_key_values=cache)
+    return hidden[0, -1:]
+
+
+def _draw(talker: Talker, hidden: Tensor, sampler: Sampler) -> int:
+    with talker.rest as rest:
+        return sampler(rest["codec_head"](rest["model"]["norm"](hidden))[0])

@@ -1,0 +1,172 @@
+"""Blocks: which stored tensors make up each piece of the model that moves as one, and in which layout.
+
+A block knows its bytes before it exists. Its device copy is a single run of bytes; every parameter of its module is a
+view of that run, at an offset that any kernel accepts. A 4-bit linear's parameters are what its backend reads, made
+from the checkpoint's `qweight`, `qzeros` and `scales` on the way in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import TensorEntry
+from .errors import CheckpointError
+from .offload.transfer import TORCH_DTYPE, Transfer
+from .quant.linear import AWQLinear
+
+ALIGNMENT_BYTES = 256
+"""What CUDA's own allocator aligns to; vectorized loads need at most 16."""
+
+QUANTIZED = ("qweight", "qzeros", "scales")
+"""The stored tensors of one AWQ linear."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place in a block's run of bytes."""
+
+    owner: nn.Module
+    leaf: str
+    shape: torch.Size
+    dtype: torch.dtype
+    offset: int
+
+    def view(self, run: Tensor) -> Tensor:
+        n_bytes = math.prod(self.shape) * self.dtype.itemsize
+        return run[self.offset : self.offset + n_bytes].view(self.dtype).view(self.shape)
+
+
+class WeightBlock:
+    """`module`'s weights as one run of bytes, filled from the tensors stored under `prefix`.
+
+    The module is a skeleton: its parameters hold no memory until `bind`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        prefix: str,
+        tensors: Mapping[str, TensorEntry],
+        transfer: Transfer,
+        dtype: torch.dtype,
+    ) -> None:
+        self.name = name
+        self.module = module
+        self._prefix = prefix
+        self._tensors = tensors
+        self._transfer = transfer
+        self._slots = {path: slot for path, slot in _lay_out(module, dtype)}
+        last = max(self._slots.values(), key=lambda slot: slot.offset, default=None)
+        self.n_bytes = 0 if last is None else last.offset + math.prod(last.shape) * last.dtype.itemsize
+        self.stored_names = frozenset(self._check_stored())
+
+    def fill(self, run: Tensor) -> None:
+        """Read the weights from their files into `run` [n_bytes] uint8, wherever it lies."""
+        linears = dict(_quantized_linears(self.module))
+        for path, slot in self._slots.items():
+            if _linear_of(path, linears) is None:
+                self._transfer.load(self._entry(path), slot.view(run))
+        for path, linear in linears.items():
+            stored = (self._transfer.read(self._entry(f"{path}{leaf}")) for leaf in QUANTIZED)
+            linear.pack(*stored, out={leaf: self._slots[path + leaf].view(run) for leaf in linear.packed_names})
+
+    def bind(self, run: Tensor) -> None:
+        """Make the module's parameters views of `run`."""
+        for slot in self._slots.values():
+            slot.owner._parameters[slot.leaf] = nn.Parameter(slot.view(run), requires_grad=False)
+
+    def unbind(self) -> None:
+        """Return the module to a skeleton without memory."""
+        for slot in self._slots.values():
+            empty = torch.empty(slot.shape, dtype=slot.dtype, device="meta")
+            slot.owner._parameters[slot.leaf] = nn.Parameter(empty, requires_grad=False)
+
+    def _check_stored(self) -> Iterator[str]:
+        """Names of the stored tensors this block reads, each checked against the skeleton."""
+        linears = dict(_quantized_linears(self.module))
+        for path, slot in self._slots.items():
+            if _linear_of(path, linears) is None:
+                self._check(self._entry(path), tuple(slot.shape))
+                yield self._prefix + path
+        for path, linear in linears.items():
+            for leaf, shape in linear.stored_shapes.items():
+                self._check(self._entry(path + leaf), shape, integer=leaf != "scales")
+                yield self._prefix + path + leaf
+
+    def _entry(self, path: str) -> TensorEntry:
+        name = self._prefix + path
+        if name not in self._tensors:
+            raise CheckpointError(
+                f"tensor {name} is missing from the checkpoint", tensor=name, hint="download it again or check its index"
+            )
+        return self._tensors[name]
+
+    @staticmethod
+    def _check(entry: TensorEntry, shape: tuple[int, ...], integer: bool = False) -> None:
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"tensor {entry.name} in {entry.path.name} has shape {list(entry.shape)}, but config.json makes it"
+                f" {list(shape)}",
+                path=str(entry.path),
+                tensor=entry.name,
+                hint="weights and config.json belong to different models",
+            )
+        stored = TORCH_DTYPE.get(entry.dtype)
+        if stored is None or (stored is not torch.int32 if integer else not stored.is_floating_point):
+            raise CheckpointError(
+                f"tensor {entry.name} in {entry.path.name} is stored as {entry.dtype}, which is not a"
+                f" {'32-bit integer' if integer else 'floating-point'} type",
+                path=str(entry.path),
+                tensor=entry.name,
+            )
+
+
+class HostRows:
+    """An embedding table that stays in its file: rows are read when their ids are looked up."""
+
+    def __init__(self, table: Tensor, dtype: torch.dtype) -> None:
+        self._table = table
+        self.dtype = dtype
+        self.width = table.shape[1]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Rows [n, H] in the compute dtype, on the host, for ids [n]."""
+        return self._table[ids].to(self.dtype)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+def _lay_out(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Slot]]:
+    """Each parameter's place, one after another on aligned offsets; float parameters in the compute dtype, packed
+    ones in the dtype their backend chose."""
+    offset = 0
+    for owner_path, owner in module.named_modules():
+        packed = owner.packed_names if isinstance(owner, AWQLinear) else ()
+        for leaf, parameter in owner._parameters.items():
+            if parameter is None:
+                continue
+            kind = parameter.dtype if leaf in packed else dtype
+            yield f"{owner_path}.{leaf}".lstrip("."), Slot(owner, leaf, parameter.shape, kind, offset)
+            n_bytes = parameter.numel() * kind.itemsize
+            offset += -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _quantized_linears(module: nn.Module) -> Iterator[tuple[str, AWQLinear]]:
+    """(path ending in a dot, linear) of every 4-bit linear inside."""
+    for path, child in module.named_modules():
+        if isinstance(child, AWQLinear):
+            yield f"{path}." if path else "", child
+
+
+def _linear_of(path: str, linears: Mapping[str, AWQLinear]) -> AWQLinear | None:
+    """The 4-bit linear whose packed parameter this is, if it is one (its bias is stored as published)."""
+    owner, _, leaf = path.rpartition(".")
+    linear = linears.get(f"{owner}." if owner else "")
+    return linear if linear is not None and leaf in linear.packed_names else None

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import nn
+
+from lowvram.offload.plan import Phase, Placement
+from lowvram.offload.residency import Residency
+
+CPU = torch.device("cpu")
+
+
+class CountingBlock:
+    """A block of one float parameter that remembers how often it was filled."""
+
+    def __init__(self, name: str, value: float) -> None:
+        self.name, self.n_bytes, self.fills = name, 4, 0
+        self.module = nn.Module()
+        self.module.weight = nn.Parameter(torch.empty(1, device="meta"))
+        self._value = value
+
+    def fill(self, run: torch.Tensor) -> None:
+        self.fills += 1
+        run.view(torch.float32).fill_(self._value)
+
+    def bind(self, run: torch.Tensor) -> None:
+        self.module.weight = nn.Parameter(run.view(torch.float32), requires_grad=False)
+
+    def unbind(self) -> None:
+        self.module.weight = nn.Parameter(torch.empty(1, device="meta"), requires_grad=False)
+
+
+@pytest.fixture
+def blocks() -> dict[str, tuple[CountingBlock, ...]]:
+    return {
+        "thinker": (CountingBlock("thinker.0", 1.0), CountingBlock("thinker.1", 2.0)),
+        "talker": (CountingBlock("talker.0", 3.0),),
+    }
+
+
+def phase(**placements: Placement) -> Phase:
+    return Phase("phase", (), placements, weights_bytes=0, kv_bytes=0, activation_bytes=0)
+
+
+def enter(residency: Residency, **placements: Placement) -> list[tuple[int, int]]:
+    return list(residency.enter(phase(**placements)))
+
+
+def test_a_phase_loads_what_it_places_and_reports_the_bytes(blocks: Mapping):
+    residency = Residency(blocks, CPU)
+    assert enter(residency, thinker=Placement.PHASE) == [(4, 8), (8, 8)]
+    assert residency.live_bytes == 8
+
+
+def test_the_next_phase_takes_the_room_of_the_last(blocks: Mapping):
+    residency = Residency(blocks, CPU)
+    enter(residency, thinker=Placement.PHASE)
+    enter(residency, talker=Placement.PHASE)
+    assert residency.live_bytes == 4
+    assert blocks["thinker"][0].module.weight.is_meta
+
+
+def test_a_resident_component_stays_across_phases_and_turns(blocks: Mapping):
+    residency = Residency(blocks, CPU)
+    enter(residency, thinker=Placement.RESIDENT)
+    enter(residency, talker=Placement.PHASE)
+    residency.leave()
+    enter(residency, thinker=Placement.RESIDENT)
+    assert [block.fills for block in blocks["thinker"]] == [1, 1]
+
+
+def test_a_streamed_component_is_there_only_while_used(blocks: Mapping):
+    residency = Residency(blocks, CPU)
+    enter(residency, thinker=Placement.STREAMED)
+    live = []
+    for block in residency.component("thinker"):
+        with block as module:
+            live.append((float(module.weight), residency.live_bytes))
+    assert live == [(1.0, 4), (2.0, 4)]
+    assert residency.live_bytes == 0
+
+
+def test_leaving_a_turn_drops_what_was_there_for_a_phase(blocks: Mapping):
+    residency = Residency(blocks, CPU)
+    enter(residency, thinker=Placement.PHASE)
+    residency.leave()
+    assert residency.live_bytes == 0
+
+
+def test_release_drops_residents_too(blocks: Mapping):
+    residency = Residency(blocks, CPU)
+    enter(residency, thinker=Placement.RESIDENT)
+    residency.release()
+    assert residency.live_bytes == 0
+    assert blocks["thinker"][1].module.weight.is_meta
+
+
+def test_a_block_leaves_the_device_when_its_use_fails(blocks: Mapping):
+    residency = Residency(blocks, CPU)
+    enter(residency, talker=Placement.STREAMED)
+    with pytest.raises(ZeroDivisionError), residency.component("talker")[0]:
+        raise ZeroDivisionError
+    assert residency.live_bytes == 0
+
+
+def test_an_absent_component_has_no_blocks(blocks: Mapping):
+    assert Residency(blocks, CPU).component("dit") == ()

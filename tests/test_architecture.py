@@ -1,0 +1,100 @@
+"""The walls of the house, read from the source: who may import whom, and what must stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowvram
+
+PACKAGE = Path(lowvram.__file__).parent
+MODULES = {
+    ".".join(["lowvram", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+STAGES = ("encoders", "thinker", "talker", "token2wav.stream")
+SUBPACKAGES = ("offload", "quant", "token2wav")
+LIGHT = ("errors", "options", "events", "checkpoint", "offload.budget", "offload.footprint", "offload.plan",
+         "quant.scheme", "token2wav.windows", "token2wav.ode", "cli")  # fmt: skip
+LIBRARY_ROOMS = ("model", "preprocess", "kv_cache", "attention", "demo")
+CUDA_ROOMS = ("offload.transfer", "offload.meter", "device")
+
+
+def imports(path: Path, *, top_level: bool) -> set[str]:
+    """Absolute dotted names that a file imports, in functions too unless `top_level`; TYPE_CHECKING left out."""
+    module = ".".join(["lowvram", *path.relative_to(PACKAGE).with_suffix("").parts])
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if top_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            found.update([origin, *(f"{origin}.{alias.name}" for alias in node.names)])
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return found
+
+
+def reaches(found: set[str], target: str) -> bool:
+    return any(name == target or name.startswith(f"{target}.") for name in found)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_never_import_stages(stage: str):
+    found = imports(MODULES[f"lowvram.{stage}"], top_level=False)
+    assert not [other for other in STAGES if other != stage and reaches(found, f"lowvram.{other}")]
+
+
+@pytest.mark.parametrize("package", SUBPACKAGES)
+def test_subpackages_never_import_one_another(package: str):
+    for module, path in MODULES.items():
+        if module.startswith(f"lowvram.{package}"):
+            found = imports(path, top_level=False)
+            assert not [o for o in SUBPACKAGES if o != package and reaches(found, f"lowvram.{o}")], module
+
+
+def test_the_modelling_library_is_imported_in_few_rooms():
+    users = {m.removeprefix("lowvram.") for m, p in MODULES.items() if reaches(imports(p, top_level=False), "transformers")}
+    assert users <= {*LIBRARY_ROOMS, "cli"}
+
+
+def test_cuda_is_named_in_few_rooms():
+    users = {m.removeprefix("lowvram.") for m, p in MODULES.items() if "torch.cuda" in p.read_text(encoding="utf-8")}
+    assert users <= {*CUDA_ROOMS, "cli"}
+
+
+def test_terminals_are_the_command_lines_business():
+    users = {m for m, p in MODULES.items() for lib in ("typer", "rich") if reaches(imports(p, top_level=False), lib)}
+    assert users <= {"lowvram.cli"}
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_load_neither_torch_nor_transformers(module: str):
+    code = f"import sys, lowvram.{module}; print(sorted({{'torch', 'transformers', 'huggingface_hub'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_imports_have_no_cycles():
+    edges = {m: {n for n in imports(p, top_level=True) if n in MODULES and n != m} for m, p in MODULES.items()}
+
+    def walk(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        for target in edges[module]:
+            walk(target, (*path, module))
+
+    for module in edges:
+        walk(module, ())

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lowvram.options import TALKER_SAMPLING, SamplingParams
+from lowvram.sampling import Sampler
+
+CPU = torch.device("cpu")
+
+
+def sampler(params: SamplingParams, vocab_size: int = 50, **rest: object) -> Sampler:
+    return Sampler(params, vocab_size=vocab_size, device=CPU, **{"seed": 0, **rest})
+
+
+def reference_distribution(params: SamplingParams, logits: torch.Tensor, ids: list[int], suppressed: list[int]):
+    """The modelling library's own processors, in the order in which its `generate` builds them."""
+    chain = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(params.repetition_penalty),
+            SuppressTokensLogitsProcessor(suppressed),
+            TemperatureLogitsWarper(params.temperature),
+            TopKLogitsWarper(params.top_k),
+            TopPLogitsWarper(params.top_p),
+        ]
+    )
+    return chain(torch.tensor([ids]), logits[None].clone())[0].softmax(-1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    temperature=st.floats(0.1, 3),
+    top_k=st.integers(1, 60),
+    top_p=st.floats(0.05, 0.99),
+    penalty=st.floats(0.5, 2),
+)
+def test_distribution_is_the_references(seed: int, temperature: float, top_k: int, top_p: float, penalty: float):
+    torch.manual_seed(seed)
+    logits, ids = torch.randn(50) * 4, torch.randint(0, 50, (8,)).tolist()
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
+    ours = sampler(params, suppressed=[3], seen=torch.tensor(ids)).distribution(logits)
+    torch.testing.assert_close(ours, reference_distribution(params, logits, ids, [3]))
+
+
+def test_greedy_takes_the_likeliest_that_is_not_suppressed():
+    logits = torch.zeros(50).index_put_((torch.tensor([7, 9]),), torch.tensor([5.0, 4.0]))
+    assert sampler(SamplingParams())(logits) == 7
+    assert sampler(SamplingParams(), suppressed=[7])(logits) == 9
+
+
+def test_a_drawn_id_is_penalized_from_then_on():
+    draw = sampler(SamplingParams(repetition_penalty=2.0))
+    logits = torch.zeros(50).index_put_((torch.tensor([7, 9]),), torch.tensor([5.0, 4.0]))
+    assert [draw(logits), draw(logits)] == [7, 9]
+
+
+def test_a_seed_gives_the_same_draws_whatever_else_draws():
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    first, second = sampler(TALKER_SAMPLING, seed=5), sampler(TALKER_SAMPLING, seed=5)
+    draws = []
+    for _ in range(20):
+        torch.rand(3)
+        draws.append((first(logits), second(logits)))
+    assert all(a == b for a, b in draws)
+
+
+def test_draws_follow_the_distribution():
+    draw = sampler(SamplingParams(temperature=1.0), vocab_size=3)
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    counts = torch.bincount(torch.tensor([draw(logits) for _ in range(4000)]), minlength=3) / 4000
+    torch.testing.assert_close(counts, logits.softmax(-1), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_filtered_in_float32(dtype: torch.dtype):
+    logits = torch.randn(50).to(dtype)
+    torch.testing.assert_close(
+        sampler(TALKER_SAMPLING).distribution(logits), sampler(TALKER_SAMPLING).distribution(logits.float())
+    )
