@@ -22,12 +22,15 @@ from .model import OmniModel, build_model
 from .offload.budget import Budget
 from .offload.footprint import Footprint, read_footprint
 from .offload.meter import Meter, open_meter
-from .offload.plan import Plan, Turn as Workload, plan_memory
+from .offload.plan import Plan, plan_memory
+from .offload.plan import Turn as Workload
 from .offload.residency import Residency
 from .options import Limits, MediaParams, SamplingParams, SpeechParams
 from .preprocess import Preprocessor, PromptShape
 from .quant.matmul import choose_backend
+from .token2wav.ode import solver_stages, time_grid
 from .token2wav.stream import Speaker
+from .token2wav.windows import chunk_codes
 from .turn import Machine, Request, Turn, Voice
 
 Messages = Sequence[Mapping[str, Any]]
@@ -63,7 +66,7 @@ class OmniRuntime:
         self._model = model
         self._machine = machine
         self._voices = voices
-        self._preprocessor = preprocessor
+        self.preprocessor = preprocessor
         self._footprint = footprint
         self._answering = threading.Lock()
         self._cancel = threading.Event()
@@ -80,13 +83,13 @@ class OmniRuntime:
         kernel: str | None = None,
         revision: str | None = None,
         limits: Limits | None = None,
-        measure: bool = False,
+        meter: Meter | None = None,
         on_download: Callable[[int, int | None], None] | None = None,
     ) -> OmniRuntime:
         """Open a checkpoint: a hub id, a folder, or `demo`.
 
-        `vram` is the budget ("8GiB"; None takes what is free on the device). `measure` counts live tensors on a CPU,
-        which slows it down; on a GPU the allocator counts anyway. Raises CheckpointError, BackendError, OptionError.
+        `vram` is the budget ("8GiB"; None takes what is free on a GPU and sets no limit on a CPU). `meter` notes
+        memory by phase; by default a GPU's allocator does. Raises CheckpointError, BackendError, OptionError.
         """
         opened = open_device(device)
         checkpoint = open_checkpoint(_demo_or(model), revision=revision, on_progress=on_download)
@@ -104,15 +107,20 @@ class OmniRuntime:
             model=built,
             residency=Residency(built.components, opened.torch),
             device=opened.torch,
-            meter=open_meter(opened.torch, track=measure),
+            meter=meter or open_meter(opened.torch),
             stop_ids=_stop_ids(checkpoint, preprocessor),
             detokenize=preprocessor.detokenize,
         )
-        footprint = read_footprint(checkpoint.tensors, checkpoint.config, width=compute.itemsize)
+        footprint = read_footprint(checkpoint.tensors, checkpoint.config, width_bytes=compute.itemsize)
         budget = _budget(vram, opened)
         return cls(
             checkpoint, reader, built, machine, voices, preprocessor, footprint, budget, limits or Limits(), opened
         )
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer's text."""
+        return self._machine.stop_ids
 
     @property
     def voices(self) -> tuple[str, ...]:
@@ -121,7 +129,7 @@ class OmniRuntime:
 
     def measure(self, messages: Messages, *, media: MediaParams | None = None) -> PromptShape:
         """Count a prompt's tokens from its media's containers, without decoding them."""
-        return self._preprocessor.measure(messages, media or MediaParams(), self.limits)
+        return self.preprocessor.measure(messages, media or MediaParams(), self.limits)
 
     def plan(
         self,
@@ -190,7 +198,7 @@ class OmniRuntime:
         try:
             self._cancel.clear()
             started_s = time.perf_counter()
-            with self._preprocessor.open(messages, media or MediaParams(), self.limits) as prompt:
+            with self.preprocessor.open(messages, media or MediaParams(), self.limits) as prompt:
                 plan = self._plan(prompt.shape, sampling, speech if voice else None)
                 request = Request(prompt.inputs, plan, sampling, speech, voice)
                 yield from Turn(self._machine, request, self._cancel.is_set, started_s).run()
@@ -201,11 +209,17 @@ class OmniRuntime:
         workload = Workload(
             prompt_tokens=shape.prompt_tokens,
             visual_patches=shape.largest_visual_patches,
-            visuals=len(shape.grids),
+            visuals=sum(times for times, _, _ in shape.grids),
             audio_windows=shape.audio_windows,
             text_tokens=sampling.max_tokens,
-            codes=speech.sampling.max_tokens if speech else 0,
         )
+        if speech:
+            workload = replace(
+                workload,
+                codes=speech.sampling.max_tokens,
+                speech_chunk_codes=chunk_codes(speech.chunk_s),
+                ode_evaluations=len(solver_stages(speech.solver, time_grid(speech.steps))),
+            )
         return plan_memory(self._footprint, self.budget, self.limits, workload, device=self.device.torch.type)
 
     def _choose_voice(self, speech: SpeechParams | None) -> Voice | None:

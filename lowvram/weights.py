@@ -36,9 +36,17 @@ class Slot:
     dtype: torch.dtype
     offset: int
 
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """Where the next parameter may begin."""
+        return -(-(self.offset + self.n_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
     def view(self, run: Tensor) -> Tensor:
-        n_bytes = math.prod(self.shape) * self.dtype.itemsize
-        return run[self.offset : self.offset + n_bytes].view(self.dtype).view(self.shape)
+        return run[self.offset : self.offset + self.n_bytes].view(self.dtype).view(self.shape)
 
 
 class WeightBlock:
@@ -61,9 +69,8 @@ class WeightBlock:
         self._prefix = prefix
         self._tensors = tensors
         self._transfer = transfer
-        self._slots = {path: slot for path, slot in _lay_out(module, dtype)}
-        last = max(self._slots.values(), key=lambda slot: slot.offset, default=None)
-        self.n_bytes = 0 if last is None else last.offset + math.prod(last.shape) * last.dtype.itemsize
+        self._slots = dict(_lay_out(module, dtype))
+        self.n_bytes = max(slot.end for slot in self._slots.values())
         self.stored_names = frozenset(self._check_stored())
 
     def fill(self, run: Tensor) -> None:
@@ -152,10 +159,9 @@ def _lay_out(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Slot]
         for leaf, parameter in owner._parameters.items():
             if parameter is None:
                 continue
-            kind = parameter.dtype if leaf in packed else dtype
-            yield f"{owner_path}.{leaf}".lstrip("."), Slot(owner, leaf, parameter.shape, kind, offset)
-            n_bytes = parameter.numel() * kind.itemsize
-            offset += -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            slot = Slot(owner, leaf, parameter.shape, parameter.dtype if leaf in packed else dtype, offset)
+            yield f"{owner_path}.{leaf}".lstrip("."), slot
+            offset = slot.end
 
 
 def _quantized_linears(module: nn.Module) -> Iterator[tuple[str, AWQLinear]]:
