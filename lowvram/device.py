@@ -65,8 +65,12 @@ def _cpu() -> Device:
 
 def _cuda(device: torch.device) -> Device:
     if not torch.cuda.is_available():
-        reason = "this build of torch has no CUDA" if torch.version.cuda is None else "no NVIDIA driver or card was found"
-        raise BackendError(f"device {device} is not available: {reason}", backend="cuda", reason=reason, hint="--device cpu")
+        reason = (
+            "this build of torch has no CUDA" if torch.version.cuda is None else "no NVIDIA driver or card was found"
+        )
+        raise BackendError(
+            f"device {device} is not available: {reason}", backend="cuda", reason=reason, hint="--device cpu"
+        )
     count = torch.cuda.device_count()
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= count:

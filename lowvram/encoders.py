@@ -42,8 +42,8 @@ class AudioTower:
 def embed_prompt(inputs: ModelInputs, embed_tokens: HostRows) -> PromptEmbeds:
     """The prompt's rows [T, H] on the host: text in place, media rows still to be filled by the encoders."""
     is_media = torch.zeros(len(inputs.input_ids), dtype=torch.bool)
-    for medium in (*inputs.visuals, *inputs.audios):
-        is_media[medium.rows] = True
+    for rows in (*(visual.rows for visual in inputs.visuals), *(audio.rows for audio in inputs.audios)):
+        is_media[rows] = True
     embeds = torch.zeros(len(inputs.input_ids), embed_tokens.width, dtype=embed_tokens.dtype)
     embeds[~is_media] = embed_tokens(inputs.input_ids[~is_media])
     return PromptEmbeds(embeds, is_media, inputs.position_ids, inputs.next_position)
@@ -102,7 +102,7 @@ def _see(patches: Tensor, grid: tuple[int, int, int], tower: VisionTower) -> Ten
     """Features [n, H] of a run of temporal patches [4n, 3*2*14*14], in merge order."""
     vision, layout = tower.vision, tower.vision.layout(grid)
     with tower.rest as rest:
-        hidden = _by_window(rest["patch_embed"](patches), layout.window_index)
+        hidden = _by_window(rest.get_submodule("patch_embed")(patches), layout.window_index)
     rotary = vision.rotary(hidden, layout.position_ids.to(hidden.device))
     rotary = tuple(_by_window(table, layout.window_index) for table in rotary)
     for index, block in enumerate(tower.layers):
@@ -111,7 +111,7 @@ def _see(patches: Tensor, grid: tuple[int, int, int], tower: VisionTower) -> Ten
             # Bounds stay on the host: the layer reads their lengths, and a device copy would cost a sync per layer.
             hidden = layer(hidden, cu_seqlens=bounds, position_embeddings=rotary)
     with tower.rest as rest:
-        merged = rest["merger"](hidden)
+        merged = rest.get_submodule("merger")(hidden)
     return merged[layout.window_index.argsort().to(merged.device)]
 
 
@@ -134,11 +134,12 @@ def _hear(mel: Tensor, tower: AudioTower) -> Tensor:
     # Two neighbours are averaged; a window's length is even but for the last, whose odd frame has no partner.
     pairs = hidden[: len(hidden) // 2 * 2].view(-1, 2, hidden.shape[1])
     with tower.rest as rest:
-        return rest["proj"](rest["ln_post"]((pairs[:, 0] + pairs[:, 1]) / 2))
+        normed = rest.get_submodule("ln_post")((pairs[:, 0] + pairs[:, 1]) / 2)
+        return rest.get_submodule("proj")(normed)
 
 
 def _convolve(mel: Tensor, rest: nn.Module, positions: Tensor) -> Tensor:
     """One window's mel frames [128, f] as rows [ceil(f / 2), D] with their positions added."""
-    hidden = F.gelu(rest["conv1"](mel.unsqueeze(0)))
-    hidden = F.gelu(rest["conv2"](hidden)).squeeze(0).T
+    hidden = F.gelu(rest.get_submodule("conv1")(mel.unsqueeze(0)))
+    hidden = F.gelu(rest.get_submodule("conv2")(hidden)).squeeze(0).T
     return hidden + positions[: len(hidden)].to(hidden.dtype)

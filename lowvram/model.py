@@ -40,7 +40,7 @@ EMBED_TOKENS = "thinker.model.embed_tokens.weight"
 LM_HEAD = "thinker.lm_head.weight"
 CODEC_EMBED = "talker.model.embed_tokens.weight"
 NEVER_READ = ("thinker.audio_tower.audio_bos_eos_token.weight", EMBED_TOKENS, CODEC_EMBED)
-"""Published tensors outside all blocks: one the reference never uses either, and the tables that stay in their files."""
+"""Published tensors outside all blocks: one the reference never uses either, and the tables that stay in files."""
 
 _SKELETON_LOCK = threading.Lock()
 """accelerate swaps a torch method while a skeleton is built; two of our own threads must not do so at once."""
@@ -111,6 +111,29 @@ class Hearing:
 
 
 @dataclass(frozen=True)
+class CodecIds:
+    """The codec ids that are not sound: `pad` and `end` stop the speech, `start` is never drawn, `mask` stands for
+    the prompt in the repetition penalty's eyes."""
+
+    mask: int
+    pad: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What a checkpoint that speaks has besides its decoder: the codec's embedding table and ids, and the text ids
+    whose rows end a reply and pad it out."""
+
+    decoder: Decoder
+    codec_embed: HostRows
+    codec_ids: CodecIds
+    text_end: int
+    text_pad: int
+
+
+@dataclass(frozen=True)
 class OmniModel:
     """A checkpoint's skeletons, block by block, with the tables that stay on the host.
 
@@ -118,20 +141,14 @@ class OmniModel:
     and, last, one with the rest of the component. The last three are absent when the checkpoint does not speak.
     """
 
-    config: Qwen2_5OmniConfig
-    dtype: torch.dtype
     components: Mapping[str, tuple[WeightBlock, ...]]
     embed_tokens: HostRows
-    codec_embed: HostRows | None
     thinker: Decoder
-    talker: Decoder | None
     vision: Vision
     hearing: Hearing
+    speech: Speech | None
+    dtype: torch.dtype
     kernel: str
-
-    @property
-    def speaks(self) -> bool:
-        return self.talker is not None
 
 
 def build_model(
@@ -171,21 +188,19 @@ class _Builder:
         visual, vision = self._visual(thinker_config.vision_config)
         thinker, thinking = self._thinker(thinker_config.text_config)
         components = {"audio_tower": audio, "visual": visual, "thinker": thinker, "lm_head": self._lm_head()}
-        talking = codec_embed = None
+        speech = None
         if self.config.enable_audio_output and CODEC_EMBED in self.tensors:
             components["talker"], talking = self._talker(talker_config)
             components |= self._token2wav(self.config.token2wav_config)
-            codec_embed = self._host_rows(reader, CODEC_EMBED)
+            speech = _speech(talker_config, talking, self._host_rows(reader, CODEC_EMBED))
         return OmniModel(
-            config=self.config,
-            dtype=self.dtype,
             components=components,
             embed_tokens=self._host_rows(reader, EMBED_TOKENS),
-            codec_embed=codec_embed,
             thinker=thinking,
-            talker=talking,
             vision=vision,
             hearing=hearing,
+            speech=speech,
+            dtype=self.dtype,
             kernel=self.backend.name if self.scheme else "torch",
         )
 
@@ -252,7 +267,10 @@ class _Builder:
     def _blocks(
         self, component: str, layers: nn.ModuleList, layers_prefix: str, rest: nn.Module, rest_prefix: str
     ) -> tuple[WeightBlock, ...]:
-        return (*self._layer_blocks(component, layers, layers_prefix), self._block(f"{component}.rest", rest, rest_prefix))
+        return (
+            *self._layer_blocks(component, layers, layers_prefix),
+            self._block(f"{component}.rest", rest, rest_prefix),
+        )
 
     def _layer_blocks(self, component: str, layers: nn.ModuleList, prefix: str) -> list[WeightBlock]:
         return [self._block(f"{component}.{i}", layer, f"{prefix}.{i}.") for i, layer in enumerate(layers)]
@@ -278,9 +296,24 @@ class _Builder:
         return HostRows(rows, self.dtype)
 
 
-def _read_config(checkpoint: Checkpoint) -> Qwen2_5OmniConfig:
+def _speech(config: Any, decoder: Decoder, codec_embed: HostRows) -> Speech:
+    return Speech(
+        decoder,
+        codec_embed,
+        CodecIds(
+            mask=config.tts_codec_mask_token_id,
+            pad=config.tts_codec_pad_token_id,
+            start=config.tts_codec_start_token_id,
+            end=config.tts_codec_end_token_id,
+        ),
+        text_end=config.tts_text_end_token_id,
+        text_pad=config.tts_text_pad_token_id,
+    )
+
+
+def _read_config(checkpoint: Checkpoint) -> Any:
     """The library's config of a published one, old key spellings included, with our attention chosen."""
-    config = Qwen2_5OmniConfig.from_dict(dict(checkpoint.config))
+    config: Any = Qwen2_5OmniConfig.from_dict(dict(checkpoint.config))
     thinker = config.thinker_config
     for part in (thinker.text_config, thinker.vision_config, thinker.audio_config, config.talker_config):
         part._attn_implementation = attention.NAME
@@ -323,7 +356,7 @@ def _buffers_to(module: nn.Module, device: torch.device) -> nn.Module:
 def _refuse_surplus(checkpoint: Checkpoint, model: OmniModel) -> None:
     """Raise for stored tensors that nothing reads, apart from those that a constructor computes anyway."""
     read = {name for blocks in model.components.values() for block in blocks for name in block.stored_names}
-    silent = () if model.speaks else ("talker.", "token2wav.")
+    silent = () if model.speech else ("talker.", "token2wav.")
     computed = _computed_leaves(model.components.values())
     for name, entry in checkpoint.tensors.items():
         leaf = name.rsplit(".", 1)[-1]

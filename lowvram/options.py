@@ -91,9 +91,7 @@ class SpeechParams:
         _require(
             math.isfinite(self.guidance) and self.guidance >= 0, f"guidance is {self.guidance}, but must be 0 or more"
         )
-        _require(
-            self.solver in SOLVERS, f"solver {self.solver!r} is unknown", hint=f"one of: {', '.join(SOLVERS)}"
-        )
+        _require(self.solver in SOLVERS, f"solver {self.solver!r} is unknown", hint=f"one of: {', '.join(SOLVERS)}")
         _require(
             0.24 <= self.chunk_s <= 60,
             f"chunk_s is {self.chunk_s} s, but a chunk is 0.24 s (one DiT block) to 60 s of sound",

@@ -19,7 +19,7 @@ from .device import Device, choose_dtype, open_device
 from .errors import BudgetError, LowVRAMError, OptionError
 from .events import Event
 from .model import OmniModel, build_model
-from .offload.budget import Budget
+from .offload.budget import Budget, format_bytes
 from .offload.footprint import Footprint, read_footprint
 from .offload.meter import Meter, open_meter
 from .offload.plan import Plan, plan_memory
@@ -36,6 +36,9 @@ from .turn import Machine, Request, Turn, Voice
 Messages = Sequence[Mapping[str, Any]]
 DEMO = "demo"
 """The built-in checkpoint's name."""
+
+DEFAULT_SPEECH = SpeechParams()
+"""Speak, with the checkpoint's first voice."""
 
 
 class OmniRuntime:
@@ -91,6 +94,7 @@ class OmniRuntime:
         `vram` is the budget ("8GiB"; None takes what is free on a GPU and sets no limit on a CPU). `meter` notes
         memory by phase; by default a GPU's allocator does. Raises CheckpointError, BackendError, OptionError.
         """
+        asked = Budget.of(vram)
         opened = open_device(device)
         checkpoint = open_checkpoint(_demo_or(model), revision=revision, on_progress=on_download)
         compute = choose_dtype(dtype, opened.torch, _stored_dtype(checkpoint))
@@ -99,7 +103,7 @@ class OmniRuntime:
         try:
             built = build_model(checkpoint, reader, device=opened.torch, dtype=compute, backend=backend)
             preprocessor = Preprocessor(checkpoint.folder, checkpoint.config)
-            voices = _read_voices(checkpoint) if built.speaks else {}
+            voices = _read_voices(checkpoint) if built.speech else {}
         except BaseException:
             reader.close()
             raise
@@ -112,7 +116,7 @@ class OmniRuntime:
             detokenize=preprocessor.detokenize,
         )
         footprint = read_footprint(checkpoint.tensors, checkpoint.config, width_bytes=compute.itemsize)
-        budget = _budget(vram, opened)
+        budget = _granted(asked, opened)
         return cls(
             checkpoint, reader, built, machine, voices, preprocessor, footprint, budget, limits or Limits(), opened
         )
@@ -136,7 +140,7 @@ class OmniRuntime:
         messages: Messages | None = None,
         *,
         sampling: SamplingParams | None = None,
-        speech: SpeechParams | None = SpeechParams(),
+        speech: SpeechParams | None = DEFAULT_SPEECH,
         media: MediaParams | None = None,
     ) -> Plan:
         """How a turn with these messages would use the device; raises InfeasibleBudgetError if it cannot.
@@ -151,7 +155,7 @@ class OmniRuntime:
         messages: Messages,
         *,
         sampling: SamplingParams | None = None,
-        speech: SpeechParams | None = SpeechParams(),
+        speech: SpeechParams | None = DEFAULT_SPEECH,
         media: MediaParams | None = None,
     ) -> Iterator[Event]:
         """Answer a conversation: yields Progress, TextDelta, AudioChunk as they happen and one Finished at the end.
@@ -162,7 +166,7 @@ class OmniRuntime:
         """
         self._require_open()
         voice = self._choose_voice(speech)
-        return self._generate(messages, sampling or SamplingParams(), speech or SpeechParams(), voice, media)
+        return self._generate(messages, sampling or SamplingParams(), speech or DEFAULT_SPEECH, voice, media)
 
     def cancel(self) -> None:
         """End the answer in the making at its next step, from any thread; without one, nothing happens."""
@@ -271,17 +275,18 @@ def _stop_ids(checkpoint: Checkpoint, preprocessor: Preprocessor) -> frozenset[i
     return frozenset(ids | preprocessor.stop_ids)
 
 
-def _budget(vram: str | int | None, device: Device) -> Budget:
-    """The budget asked for, checked against what the device has free."""
-    budget = Budget.of(vram, None)
-    if budget.vram_bytes is None:
-        return Budget(device.free_bytes) if device.torch.type != "cpu" else budget
-    if device.torch.type != "cpu" and budget.vram_bytes > device.free_bytes:
+def _granted(asked: Budget, device: Device) -> Budget:
+    """The budget asked for, if the device has it free; without one, all that is free on a GPU."""
+    if device.torch.type == "cpu":
+        return asked
+    if asked.vram_bytes is None:
+        return Budget(device.free_bytes)
+    if asked.vram_bytes > device.free_bytes:
         raise BudgetError(
-            f"the budget of {budget.vram_bytes:,} bytes is more than the {device.free_bytes:,} bytes free on"
+            f"the budget is {format_bytes(asked.vram_bytes)}, but {format_bytes(device.free_bytes)} are free on"
             f" {device.title}",
-            needed_bytes=budget.vram_bytes,
+            needed_bytes=asked.vram_bytes,
             available_bytes=device.free_bytes,
             hint="close other programs that use the card, or name a smaller budget",
         )
-    return budget
+    return asked

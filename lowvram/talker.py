@@ -16,31 +16,17 @@ from torch import Tensor, nn
 
 from .flow import PromptEmbeds, ThinkerStep, Weights
 from .kv_cache import KVCache
-from .model import Decoder
+from .model import CodecIds, Speech
 from .sampling import Sampler
-from .weights import HostRows
-
-
-@dataclass(frozen=True)
-class CodecIds:
-    """The codec ids that are not sound: `pad` and `end` stop the speech, `start` is never drawn, `mask` stands for
-    the prompt in the repetition penalty's eyes."""
-
-    mask: int
-    pad: int
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
 class Talker:
-    """The talker: its decoder, its layers, the rest (input projection, final norm, head), and its ids."""
+    """The talker: its tables and ids, its layers, and the rest (input projection, final norm, head)."""
 
-    decoder: Decoder
+    speech: Speech
     layers: Weights
     rest: AbstractContextManager[nn.Module]
-    codec_embed: HostRows
-    ids: CodecIds
 
 
 @dataclass(frozen=True)
@@ -78,12 +64,12 @@ def talk(
     rows = chain(reply, (text_rows.end,), repeat(text_rows.pad))
     for index in range(max_codes):
         code = _draw(talker, hidden, sampler)
-        if code in (talker.ids.pad, talker.ids.end):
+        if code in (talker.speech.codec_ids.pad, talker.speech.codec_ids.end):
             return
         yield code
         if index == max_codes - 1:
             return
-        row = talker.codec_embed(torch.tensor([code])) + next(rows)
+        row = talker.speech.codec_embed(torch.tensor([code])) + next(rows)
         position = torch.full((3, 1), prompt.next_position + 2 + index)
         hidden = _forward(talker, row.to(device), position, cache)
 
@@ -104,11 +90,11 @@ def _read_prompt(
     device: torch.device,
 ) -> Tensor:
     """Read prompt, beginning and first reply row; return the hidden state that draws the first code."""
-    pad, start = talker.codec_embed(torch.tensor([talker.ids.pad, talker.ids.start]))
+    ids = talker.speech.codec_ids
+    pad, start = talker.speech.codec_embed(torch.tensor([ids.pad, ids.start]))
     frame = torch.stack([begin + pad, first + start])
-    hidden = torch.empty(0)
     for rows in torch.arange(len(prompt_rows)).split(chunk_tokens):
-        hidden = _forward(talker, prompt_rows[rows].to(device), prompt.position_ids[:, rows], cache)
+        _forward(talker, prompt_rows[rows].to(device), prompt.position_ids[:, rows], cache)
     positions = torch.arange(2).expand(3, 2) + prompt.next_position
     return _forward(talker, frame.to(device), positions, cache)
 
@@ -116,14 +102,15 @@ def _read_prompt(
 def _forward(talker: Talker, rows: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
     """Hidden state [1, D] of the last of `rows` [n, H], which join the cache at positions [3, n]."""
     with talker.rest as rest:
-        hidden = rest["thinker_to_talker_proj"](rows).unsqueeze(0)
-    rotary = talker.decoder.rotary(hidden, position_ids.to(hidden.device).unsqueeze(1))
+        hidden = rest.get_submodule("thinker_to_talker_proj")(rows).unsqueeze(0)
+    rotary = talker.speech.decoder.rotary(hidden, position_ids.to(hidden.device).unsqueeze(1))
     for block in talker.layers:
         with block as layer:
             hidden = layer(hidden, position_embeddings=rotary, past_key_values=cache)
-    return hidden[0, -1:]
+    return hidden[0, -1:].clone()  # a view would hold the whole chunk
 
 
 def _draw(talker: Talker, hidden: Tensor, sampler: Sampler) -> int:
     with talker.rest as rest:
-        return sampler(rest["codec_head"](rest["model"]["norm"](hidden))[0])
+        logits = rest.get_submodule("codec_head")(rest.get_submodule("model.norm")(hidden))
+    return sampler(logits[0])

@@ -64,7 +64,7 @@ def prefill(
             text = prompt.embeds[rows].masked_fill(prompt.is_media[rows].unsqueeze(1), 0)
             talker_rows[rows] = text + hidden.to(talker_rows.device)
         yield rows.stop
-    yield Prefilled(hidden[-1:], prompt.next_position)
+    yield Prefilled(hidden[-1:].clone(), prompt.next_position)  # a view would hold the whole chunk
 
 
 @torch.inference_mode()
@@ -101,4 +101,4 @@ def _forward(thinker: Thinker, hidden: Tensor, position_ids: Tensor, cache: KVCa
         with block as layer:
             hidden = layer(hidden, position_embeddings=rotary, past_key_values=cache)
     with thinker.rest as rest:
-        return rest["norm"](hidden)
+        return rest.get_submodule("norm")(hidden)

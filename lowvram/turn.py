@@ -11,18 +11,17 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .detokenize import TextStream
 from .encoders import AudioTower, VisionTower, embed_prompt, encode_audios, encode_visuals
 from .events import AudioChunk, Event, Finished, FinishReason, Progress, TextDelta
-from .flow import ModelInputs, PromptEmbeds, ThinkerStep
+from .flow import ModelInputs, ThinkerStep
 from .kv_cache import KVCache
 from .model import OmniModel
 from .offload.meter import Meter
@@ -30,7 +29,7 @@ from .offload.plan import Phase, Plan
 from .offload.residency import Residency
 from .options import SamplingParams, SpeechParams
 from .sampling import Sampler
-from .talker import CodecIds, Talker, TextRows, seen_by_penalty, talk
+from .talker import Talker, TextRows, seen_by_penalty, talk
 from .thinker import Prefilled, Thinker, decode, prefill
 from .token2wav.stream import Speaker, decode_speech
 from .token2wav.windows import SAMPLE_RATE_HZ
@@ -120,17 +119,13 @@ class Turn:
         inputs, plan = self.request.inputs, self.request.plan
         device, embeds = self.machine.device, self._prompt.embeds
         if "audio_tower" in phase.stages and inputs.audios:
-            tower = AudioTower(self.machine.model.hearing, *self._layers_and_rest("audio_tower"))
-            filled = encode_audios(
-                inputs.audios, tower, embeds, chunk_windows=plan.audio_chunk_windows, device=device
-            )
-            yield from self._encoding("hear", filled, inputs.audios)
+            ears = AudioTower(self.machine.model.hearing, *self._layers_and_rest("audio_tower"))
+            heard = encode_audios(inputs.audios, ears, embeds, chunk_windows=plan.audio_chunk_windows, device=device)
+            yield from self._encoding("hear", heard, inputs.audios)
         if "visual" in phase.stages and inputs.visuals:
-            tower = VisionTower(self.machine.model.vision, *self._layers_and_rest("visual"))
-            filled = encode_visuals(
-                inputs.visuals, tower, embeds, chunk_patches=plan.vision_chunk_patches, device=device
-            )
-            yield from self._encoding("see", filled, inputs.visuals)
+            eyes = VisionTower(self.machine.model.vision, *self._layers_and_rest("visual"))
+            seen = encode_visuals(inputs.visuals, eyes, embeds, chunk_patches=plan.vision_chunk_patches, device=device)
+            yield from self._encoding("see", seen, inputs.visuals)
 
     def _encoding(self, stage: str, filled: Iterator[int], media: Sequence[Any]) -> Iterator[Event]:
         done, total = 0, sum(len(medium.rows) for medium in media)
@@ -172,7 +167,7 @@ class Turn:
         elif pipe is self._codes:
             self._codes = iter(product)
 
-    def _prefill(self, cache: KVCache) -> Iterator[Event]:
+    def _prefill(self, cache: KVCache) -> Generator[Event, None, Prefilled | None]:
         """Read the prompt; returns None if the turn was cancelled on the way."""
         plan = self.request.plan
         progress = prefill(
@@ -226,11 +221,11 @@ class Turn:
         """The reply as codec ids."""
         machine, speech, voice = self.machine, self.request.speech, self.request.voice
         model, max_codes = machine.model, speech.sampling.max_tokens
-        assert voice and model.talker and model.codec_embed and self._talker_rows is not None
-        ids = _codec_ids(model)
+        assert voice and model.speech and self._talker_rows is not None
+        ids = model.speech.codec_ids
         sampler = Sampler(
             speech.sampling,
-            vocab_size=len(model.codec_embed),
+            vocab_size=len(model.speech.codec_embed),
             device=machine.device,
             seed=self._speech_seed,
             suppressed=[ids.start],
@@ -238,12 +233,12 @@ class Turn:
         )
         layers, rest = self._layers_and_rest("talker")
         codes = talk(
-            Talker(model.talker, layers, rest, model.codec_embed, ids),
+            Talker(model.speech, layers, rest),
             self._prompt,
             self._talker_rows,
             steps,
             _text_rows(model, voice),
-            model.talker.new_cache(len(self._talker_rows) + 2 + max_codes, machine.device),
+            model.speech.decoder.new_cache(len(self._talker_rows) + 2 + max_codes, machine.device),
             sampler,
             chunk_tokens=self.request.plan.prefill_chunk_tokens,
             max_codes=max_codes,
@@ -345,17 +340,6 @@ def _seed(chosen: int | None, fallback: int) -> int:
     return fallback if chosen is None else chosen
 
 
-def _codec_ids(model: OmniModel) -> CodecIds:
-    config = model.config.talker_config
-    return CodecIds(
-        mask=config.tts_codec_mask_token_id,
-        pad=config.tts_codec_pad_token_id,
-        start=config.tts_codec_start_token_id,
-        end=config.tts_codec_end_token_id,
-    )
-
-
 def _text_rows(model: OmniModel, voice: Voice) -> TextRows:
-    config = model.config.talker_config
-    ids: Tensor = torch.tensor([voice.bos_token, config.tts_text_end_token_id, config.tts_text_pad_token_id])
-    return TextRows(*model.embed_tokens(ids))
+    assert model.speech
+    return TextRows(*model.embed_tokens(torch.tensor([voice.bos_token, model.speech.text_end, model.speech.text_pad])))

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from .checkpoint import TensorEntry
 from .errors import CheckpointError
+from .offload.footprint import BLOCK_ALIGNMENT_BYTES
 from .offload.transfer import TORCH_DTYPE, Transfer
 from .quant.linear import AWQLinear
-
-ALIGNMENT_BYTES = 256
-"""What CUDA's own allocator aligns to; vectorized loads need at most 16."""
 
 QUANTIZED = ("qweight", "qzeros", "scales")
 """The stored tensors of one AWQ linear."""
@@ -43,7 +41,7 @@ class Slot:
     @property
     def end(self) -> int:
         """Where the next parameter may begin."""
-        return -(-(self.offset + self.n_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return -(-(self.offset + self.n_bytes) // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES
 
     def view(self, run: Tensor) -> Tensor:
         return run[self.offset : self.offset + self.n_bytes].view(self.dtype).view(self.shape)
@@ -110,7 +108,9 @@ class WeightBlock:
         name = self._prefix + path
         if name not in self._tensors:
             raise CheckpointError(
-                f"tensor {name} is missing from the checkpoint", tensor=name, hint="download it again or check its index"
+                f"tensor {name} is missing from the checkpoint",
+                tensor=name,
+                hint="download it again or check its index",
             )
         return self._tensors[name]
 

@@ -8,7 +8,9 @@ from lowvram import attention
 from lowvram.attention import attend, masked_attention
 
 
-def heads(n: int, total: int, dtype: torch.dtype = torch.float64, hq: int = 4, hkv: int = 2) -> tuple[torch.Tensor, ...]:
+def heads(
+    n: int, total: int, dtype: torch.dtype = torch.float64, hq: int = 4, hkv: int = 2
+) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(n * 1000 + total)
     q = torch.randn(1, hq, n, 8, dtype=dtype)
     k, v = torch.randn(2, 1, hkv, total, 8, dtype=dtype)

@@ -59,7 +59,7 @@ class Residency:
         self._components = components
         self._device = device
         self._runs: dict[str, Tensor] = {}
-        self._kept_across: set[str] = set()
+        self._residents: set[str] = set()
         self.kept: set[str] = set()
         """Names of blocks that stay on the device when a stage leaves them."""
 
@@ -70,16 +70,15 @@ class Residency:
     def enter(self, phase: Phase) -> Iterator[tuple[int, int]]:
         """Make the device hold what the phase places there, yielding (bytes so far, bytes in all) per block loaded.
 
-        Blocks that no placement keeps leave first, so that old and new never need the room together.
+        A phase names all that it keeps, residents of other phases included. Whatever it does not name leaves first, so
+        that old and new never need the room together.
         """
         here = [b for c, p in phase.placements.items() if p is not Placement.STREAMED for b in self._blocks(c)]
-        self._kept_across |= {
+        self.kept = {block.name for block in here}
+        self._residents = {
             b.name for c, p in phase.placements.items() if p is Placement.RESIDENT for b in self._blocks(c)
         }
-        self.kept = {block.name for block in here} | self._kept_across
-        for block in self._all():
-            if block.name not in self.kept:
-                self.offload(block)
+        self._offload_all_but(self.kept)
         missing = [block for block in here if block.name not in self._runs]
         done, total = 0, sum(block.n_bytes for block in missing)
         for block in missing:
@@ -88,15 +87,13 @@ class Residency:
             yield done, total
 
     def leave(self) -> None:
-        """The turn is over: only blocks that a plan placed as resident stay."""
-        self.kept = set(self._kept_across)
-        for block in self._all():
-            if block.name not in self.kept:
-                self.offload(block)
+        """The turn is over: only what its last phase placed as resident stays."""
+        self.kept = self._residents
+        self._offload_all_but(self.kept)
 
     def release(self) -> None:
         """Take every block off the device."""
-        self._kept_across.clear()
+        self._residents = set()
         self.leave()
 
     def onload(self, block: Block) -> None:
@@ -121,5 +118,8 @@ class Residency:
     def _blocks(self, component: str) -> Iterable[Block]:
         return self._components.get(component, ())
 
-    def _all(self) -> Iterable[Block]:
-        return (block for blocks in self._components.values() for block in blocks)
+    def _offload_all_but(self, kept: set[str]) -> None:
+        for blocks in self._components.values():
+            for block in blocks:
+                if block.name not in kept:
+                    self.offload(block)

@@ -7,10 +7,11 @@ host copy of a weight is its file, and the operating system's page cache makes t
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ..checkpoint import TensorEntry, TensorReader
 
 STAGING_BYTES = 32 * 1024**2
 """Large enough to run at full PCIe and NVMe speed, small beside any budget."""
@@ -30,53 +31,36 @@ TORCH_DTYPE = {
 """safetensors' dtype names."""
 
 
-class StoredTensor(Protocol):
-    """Where a tensor lies in a file (`checkpoint.TensorEntry`)."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def n_bytes(self) -> int: ...
-
-
-class Reader(Protocol):
-    """Reads a stored tensor's bytes (`checkpoint.TensorReader`)."""
-
-    def read_into(self, entry: StoredTensor, buffer: memoryview, start: int = 0) -> None: ...
-
-
 class Transfer:
     """Copies stored tensors into waiting ones, on any device, casting on the way where the dtypes differ."""
 
-    def __init__(self, reader: Reader, device: torch.device) -> None:
+    def __init__(self, reader: TensorReader, device: torch.device) -> None:
         self.device = device
         self._reader = reader
         self._staging: Tensor | None = None
         self.moved_bytes = 0
 
-    def load(self, entry: StoredTensor, target: Tensor) -> None:
+    def load(self, entry: TensorEntry, target: Tensor) -> None:
         """Fill contiguous `target` (any device and dtype, same number of elements) from the file."""
         stored = TORCH_DTYPE[entry.dtype]
         assert target.is_contiguous() and target.numel() * stored.itemsize == entry.n_bytes, entry
         flat = target.view(-1)
         self.moved_bytes += target.nbytes
         if target.device.type == "cpu" and target.dtype == stored:
-            self._reader.read_into(entry, memoryview(flat.view(torch.uint8).numpy()))
+            self._reader.read_into(entry, _bytes(flat))
             return
         staging = self._staging_buffer()
         with self._stream():
             for start in range(0, entry.n_bytes, STAGING_BYTES):
                 n = min(STAGING_BYTES, entry.n_bytes - start)
-                self._reader.read_into(entry, memoryview(staging[:n].numpy()), start)
+                self._reader.read_into(entry, _bytes(staging[:n]), start)
                 first = start // stored.itemsize
                 flat[first : first + n // stored.itemsize].copy_(staging[:n].view(stored))
 
-    def read(self, entry: StoredTensor) -> Tensor:
+    def read(self, entry: TensorEntry) -> Tensor:
         """A stored tensor as a new host tensor of its own dtype and shape."""
         tensor = torch.empty(entry.shape, dtype=TORCH_DTYPE[entry.dtype])
-        self._reader.read_into(entry, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        self._reader.read_into(entry, _bytes(tensor.view(-1)))
         return tensor
 
     def release(self) -> None:
@@ -90,3 +74,8 @@ class Transfer:
 
     def _stream(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    """A host tensor's memory, to be written."""
+    return flat.view(torch.uint8).numpy().data

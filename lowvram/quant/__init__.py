@@ -1,0 +1,1 @@
+"""What 4-bit bytes mean, and multiplying by them."""

@@ -41,7 +41,7 @@ def blocks() -> dict[str, tuple[CountingBlock, ...]]:
 
 
 def phase(**placements: Placement) -> Phase:
-    return Phase("phase", (), placements, weights_bytes=0, kv_bytes=0, activation_bytes=0)
+    return Phase("phase", (), placements, weights_bytes=0, kv_bytes=0, activation_bytes=0, traffic_bytes=0)
 
 
 def enter(residency: Residency, **placements: Placement) -> list[tuple[int, int]]:
@@ -65,10 +65,18 @@ def test_the_next_phase_takes_the_room_of_the_last(blocks: Mapping):
 def test_a_resident_component_stays_across_phases_and_turns(blocks: Mapping):
     residency = Residency(blocks, CPU)
     enter(residency, thinker=Placement.RESIDENT)
-    enter(residency, talker=Placement.PHASE)
+    enter(residency, thinker=Placement.RESIDENT, talker=Placement.PHASE)
     residency.leave()
     enter(residency, thinker=Placement.RESIDENT)
     assert [block.fills for block in blocks["thinker"]] == [1, 1]
+
+
+def test_residents_of_an_earlier_plan_leave_when_a_later_one_does_not_name_them(blocks: Mapping):
+    residency = Residency(blocks, CPU)
+    enter(residency, thinker=Placement.RESIDENT)
+    residency.leave()
+    enter(residency, talker=Placement.RESIDENT)
+    assert residency.live_bytes == 4
 
 
 def test_a_streamed_component_is_there_only_while_used(blocks: Mapping):

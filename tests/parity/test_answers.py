@@ -14,7 +14,6 @@ from reference import Pair, answer
 from lowvram.events import Finished
 from lowvram.options import TALKER_SAMPLING, MediaParams, SamplingParams, SpeechParams
 
-
 MAX_TOKENS, MAX_CODES = 12, 20
 GREEDY_SPEECH = replace(TALKER_SAMPLING, temperature=0.0, max_tokens=MAX_CODES)
 

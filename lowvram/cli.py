@@ -1,0 +1,484 @@
+"""The command line: flags -> options, events -> streams, errors -> exit codes.
+
+Results go to stdout, everything else to stderr. Heavy modules are imported inside the commands, so that `--help` and
+what can be refused without a model answer at once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+
+import typer
+
+from . import __version__
+from .checkpoint import DEFAULT_MODEL
+from .errors import LowVRAMError, OptionError
+from .events import Event, Progress, TextDelta
+from .listeners import (
+    JsonReply,
+    Listener,
+    NdjsonReply,
+    ProgressLines,
+    Reply,
+    Speech,
+    TextReply,
+    answer_record,
+    follow,
+    progress_amount,
+    speech_to,
+    used_lines,
+)
+from .options import SOLVERS, TALKER_SAMPLING, Limits, MediaParams, SamplingParams, Solver, SpeechParams
+
+if TYPE_CHECKING:
+    from .preprocess import PromptShape
+    from .runtime import OmniRuntime
+
+DEFAULT_OUTPUT = "reply.wav"
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""What a shell reports for a program that SIGINT or SIGPIPE ended."""
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Qwen2.5-Omni on an ordinary gaming PC: text and speech from video, inside the VRAM you name.",
+)
+
+
+def _flag(*names: str, panel: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, help=help, **more)
+
+
+_ASK, _SAY, _SEE, _RUN, _OUT = "Question and answer", "Speech", "Media", "Model and memory", "Output"
+
+Media = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MEDIA]...", show_default=False, help="Videos, sounds, pictures: files, URLs, data: URLs, - for stdin."
+    ),
+]
+Prompt = Annotated[str, _flag("-p", "--prompt", panel=_ASK, help="What to say about the media, or instead of them.")]
+System = Annotated[str | None, _flag("--system", panel=_ASK, help="Another system prompt; speech may be poor with it.")]
+MaxTokens = Annotated[int, _flag("--max-tokens", panel=_ASK, help="End the text after this many tokens.")]
+Temperature = Annotated[float, _flag("--temperature", panel=_ASK, help="Of the text; 0 is greedy.")]
+TopK = Annotated[int, _flag("--top-k", panel=_ASK, help="Draw from this many tokens; 0 is all.")]
+TopP = Annotated[float, _flag("--top-p", panel=_ASK, help="Draw from the likeliest tokens up to this share; 1 is all.")]
+Seed = Annotated[int | None, _flag("--seed", panel=_ASK, help="Repeat an answer: text, speech and sound.")]
+
+Output = Annotated[
+    str | None,
+    _flag(
+        "-o", "--output", panel=_SAY, show_default=DEFAULT_OUTPUT, help="WAV file; - is raw s16le at 24 kHz on stdout."
+    ),
+]
+NoSpeech = Annotated[bool, _flag("--no-speech", panel=_SAY, help="Answer in text alone.")]
+VoiceName = Annotated[str | None, _flag("--voice", panel=_SAY, show_default="the first", help="Chelsie or Ethan.")]
+MaxCodes = Annotated[int, _flag("--max-codes", panel=_SAY, help="End the speech after this many codes, 50 a second.")]
+SpeechTemperature = Annotated[float, _flag("--speech-temperature", panel=_SAY, help="Of the codes; 0 is greedy.")]
+Steps = Annotated[int, _flag("--steps", panel=_SAY, help="Points of the grid that sound is solved on.")]
+Guidance = Annotated[float, _flag("--guidance", panel=_SAY, help="How strictly sound follows the codes.")]
+SolverName = Annotated[str, _flag("--solver", panel=_SAY, help=f"One of: {', '.join(SOLVERS)}.")]
+ChunkSeconds = Annotated[float, _flag("--chunk-seconds", panel=_SAY, help="Sound to hand out at a time.")]
+
+Fps = Annotated[float, _flag("--fps", panel=_SEE, help="Frames of a video to look at per second.")]
+MaxFrames = Annotated[int, _flag("--max-frames", panel=_SEE, help="Frames of a video to look at, at most.")]
+MaxPixels = Annotated[
+    int | None,
+    _flag(
+        "--max-pixels",
+        panel=_SEE,
+        show_default=f"{MediaParams.max_pixels:,} a frame, {MediaParams.image_max_pixels:,} an image",
+        help="Make pictures this small.",
+    ),
+]
+Start = Annotated[float | None, _flag("--start", panel=_SEE, help="Begin videos and sounds here (seconds).")]
+End = Annotated[float | None, _flag("--end", panel=_SEE, help="End videos and sounds here (seconds).")]
+NoVideoSound = Annotated[bool, _flag("--no-video-sound", panel=_SEE, help="Leave the sound of videos out.")]
+
+Model = Annotated[str, _flag("--model", panel=_RUN, help="Hub id, folder, or demo: a tiny built-in one.")]
+Revision = Annotated[str | None, _flag("--revision", panel=_RUN, help="Branch, tag or commit on the hub.")]
+Vram = Annotated[
+    str | None, _flag("--vram", panel=_RUN, show_default="what is free", help="Memory to stay within, such as 8GiB.")
+]
+DeviceName = Annotated[str, _flag("--device", panel=_RUN, help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, _flag("--dtype", panel=_RUN, help="auto, float32, float16 or bfloat16.")]
+Kernel = Annotated[str | None, _flag("--kernel", panel=_RUN, show_default="the best", help="Code for 4-bit weights.")]
+PrefillChunk = Annotated[int, _flag("--prefill-chunk", panel=_RUN, help="Prompt tokens to read at once.")]
+MaxPromptTokens = Annotated[
+    int | None,
+    _flag("--max-prompt-tokens", panel=_RUN, show_default="what the model can", help="Longest prompt."),
+]
+
+Json = Annotated[bool, _flag("--json", panel=_OUT, help="One JSON object on stdout.")]
+Ndjson = Annotated[bool, _flag("--ndjson", panel=_OUT, help="A JSON object per event on stdout.")]
+Quiet = Annotated[bool, _flag("-q", "--quiet", panel=_OUT, help="Nothing on stderr but errors.")]
+Verbose = Annotated[bool, _flag("-v", "--verbose", panel=_OUT, help="Show where an error came from, and warnings.")]
+
+CONTRADICTIONS = (
+    ("--no-speech", "--output"),
+    ("--no-speech", "--voice"),
+    ("--json", "--ndjson"),
+    ("--json", "--output -"),
+    ("--ndjson", "--output -"),
+    ("--dry-run", "--plan"),
+    ("--ndjson", "--dry-run"),
+    ("--ndjson", "--plan"),
+)
+"""Pairs of which at most one can be given. Raw sound and JSON would both want stdout; only an answer has events."""
+
+
+def main() -> None:
+    """The program `lowvram`. Its streams are UTF-8 on every system, also where the console's own encoding is not."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lowvram {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    media: Media = None,
+    prompt: Prompt = "",
+    system: System = None,
+    max_tokens: MaxTokens = SamplingParams.max_tokens,
+    temperature: Temperature = SamplingParams.temperature,
+    top_k: TopK = SamplingParams.top_k,
+    top_p: TopP = SamplingParams.top_p,
+    seed: Seed = None,
+    output: Output = None,
+    no_speech: NoSpeech = False,
+    voice: VoiceName = None,
+    max_codes: MaxCodes = TALKER_SAMPLING.max_tokens,
+    speech_temperature: SpeechTemperature = TALKER_SAMPLING.temperature,
+    steps: Steps = SpeechParams.steps,
+    guidance: Guidance = SpeechParams.guidance,
+    solver: SolverName = SpeechParams.solver,
+    chunk_seconds: ChunkSeconds = SpeechParams.chunk_s,
+    fps: Fps = MediaParams.fps,
+    max_frames: MaxFrames = MediaParams.max_frames,
+    max_pixels: MaxPixels = None,
+    start: Start = None,
+    end: End = None,
+    no_video_sound: NoVideoSound = False,
+    model: Model = DEFAULT_MODEL,
+    revision: Revision = None,
+    vram: Vram = None,
+    device: DeviceName = "auto",
+    dtype: Dtype = "auto",
+    kernel: Kernel = None,
+    prefill_chunk: PrefillChunk = Limits.prefill_chunk_tokens,
+    max_prompt_tokens: MaxPromptTokens = Limits.max_prompt_tokens,
+    as_json: Json = False,
+    ndjson: Ndjson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    dry_run: Annotated[bool, _flag("--dry-run", panel=_OUT, help="Count the prompt's tokens and stop.")] = False,
+    plan: Annotated[bool, _flag("--plan", panel=_OUT, help="Show how memory would be used and stop.")] = False,
+) -> None:
+    """Answer about media, a prompt, or both: text to stdout as it comes, speech to a WAV file."""
+    with _exit_codes(verbose), ExitStack() as stack:
+        _refuse_contradictions(
+            {
+                "--no-speech": no_speech,
+                "--output": output is not None,
+                "--output -": output == "-",
+                "--voice": voice is not None,
+                "--json": as_json,
+                "--ndjson": ndjson,
+                "--dry-run": dry_run,
+                "--plan": plan,
+            }
+        )
+        limits = Limits(prefill_chunk_tokens=prefill_chunk, max_prompt_tokens=max_prompt_tokens)
+        pictures = MediaParams(
+            fps=fps,
+            max_frames=max_frames,
+            start_s=start,
+            end_s=end,
+            video_sound=not no_video_sound,
+            **_pixel_bounds(max_pixels),
+        )
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        talking = SpeechParams(
+            voice=voice,
+            sampling=replace(TALKER_SAMPLING, max_tokens=max_codes, temperature=speech_temperature),
+            steps=steps,
+            guidance=guidance,
+            solver=cast("Solver", solver),
+            chunk_s=chunk_seconds,
+        )
+        spoken = None if no_speech else talking
+        progress = stack.enter_context(closing(_progress(quiet)))
+        speech = speech_to(output or DEFAULT_OUTPUT, sys.stdout) if spoken and not (dry_run or plan) else Speech()
+        messages = _messages(media or [], prompt, system, limits, stack)
+        runtime = stack.enter_context(
+            _open(
+                model,
+                progress,
+                verbose,
+                revision=revision,
+                vram=vram,
+                device=device,
+                dtype=dtype,
+                kernel=kernel,
+                limits=limits,
+            )
+        )
+        if dry_run:
+            _print_shape(runtime.measure(messages, media=pictures), as_json)
+        elif plan:
+            planned = runtime.plan(messages, sampling=sampling, speech=spoken, media=pictures)
+            print(json.dumps(planned.to_json()) if as_json else planned)
+        else:
+            events = runtime.generate(messages, sampling=sampling, speech=spoken, media=pictures)
+            reply = (JsonReply if as_json else NdjsonReply if ndjson else TextReply)(_words_to(output))
+            record, interrupted = _answer(runtime, model, events, progress, speech, reply)
+            if not quiet:
+                print("\n".join(used_lines(record)), file=sys.stderr)
+            if interrupted:
+                raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def plan(
+    media: Media = None,
+    prompt: Prompt = "",
+    system: System = None,
+    max_tokens: MaxTokens = SamplingParams.max_tokens,
+    no_speech: NoSpeech = False,
+    max_codes: MaxCodes = TALKER_SAMPLING.max_tokens,
+    fps: Fps = MediaParams.fps,
+    max_frames: MaxFrames = MediaParams.max_frames,
+    max_pixels: MaxPixels = None,
+    start: Start = None,
+    end: End = None,
+    no_video_sound: NoVideoSound = False,
+    model: Model = DEFAULT_MODEL,
+    revision: Revision = None,
+    vram: Vram = None,
+    device: DeviceName = "auto",
+    dtype: Dtype = "auto",
+    kernel: Kernel = None,
+    prefill_chunk: PrefillChunk = Limits.prefill_chunk_tokens,
+    max_prompt_tokens: MaxPromptTokens = Limits.max_prompt_tokens,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show how an answer would use the device, without reading a weight: the same as run --plan."""
+    run(**locals(), plan=True)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine offers: versions, devices, the kernel for 4-bit weights, caches and free disk."""
+    from .doctor import examine, report_lines
+
+    with _exit_codes():
+        report = examine()
+        print(json.dumps(report) if as_json else "\n".join(report_lines(report)))
+
+
+@app.command()
+def demo_model(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    seed: Annotated[int, typer.Option("--seed", help="Other weights.")] = 0,
+    tiny: Annotated[bool, typer.Option("--tiny", help="The smallest one, for tests.")] = False,
+) -> None:
+    """Write the built-in demo checkpoint to a folder. It has all of an Omni's parts; its words are gibberish."""
+    from .demo import TINY, DemoSize, build_demo
+
+    with _exit_codes():
+        _hush()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OptionError(f"{folder} exists and is not an empty folder", hint="name a new one")
+        try:
+            build_demo(folder, seed=seed, size=TINY if tiny else DemoSize())
+        except OSError as error:
+            raise OptionError(f"the demo checkpoint cannot be written to {folder}: {error.strerror}") from error
+        print(folder)
+
+
+@contextmanager
+def _exit_codes(verbose: bool = False) -> Iterator[None]:
+    """End the program as its errors say: one sentence on stderr, and where it came from if that is asked for."""
+    try:
+        yield
+        sys.stdout.flush()
+    except LowVRAMError as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(INTERRUPTED) from error
+    except BrokenPipeError as error:
+        # Python flushes stdout once more on its way out, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from error
+
+
+def _refuse_contradictions(given: Mapping[str, bool]) -> None:
+    for one, other in CONTRADICTIONS:
+        if given[one] and given[other]:
+            raise OptionError(f"{one} and {other} contradict each other", hint="give one of them")
+
+
+def _pixel_bounds(max_pixels: int | None) -> dict[str, int]:
+    """Frames and images of at most `max_pixels`; the smallest allowed ones give way to it."""
+    if max_pixels is None:
+        return {}
+    return {
+        "max_pixels": max_pixels,
+        "min_pixels": min(max_pixels, MediaParams.min_pixels),
+        "image_max_pixels": max_pixels,
+        "image_min_pixels": min(max_pixels, MediaParams.image_min_pixels),
+    }
+
+
+def _messages(
+    sources: Sequence[str], prompt: str, system: str | None, limits: Limits, stack: ExitStack
+) -> list[dict[str, Any]]:
+    """The conversation that the arguments mean: media in order, each as what its content is, then the words."""
+    if not sources and not prompt:
+        raise OptionError(
+            "nothing to answer: 0 media and no prompt",
+            hint='try: lowvram run clip.mp4 -p "Who speaks?"',
+        )
+    parts = [_part(source, limits, stack) for source in sources]
+    if prompt:
+        parts.append({"type": "text", "text": prompt})
+    turns = [{"role": "user", "content": parts}]
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
+
+
+def _part(source: str, limits: Limits, stack: ExitStack) -> dict[str, Any]:
+    """A medium as a message part. A pipe or a download is read once, here, and kept until `stack` is left."""
+    from .media import open_medium
+    from .sources import open_stored
+
+    stored = stack.enter_context(open_stored(source, limits))
+    reader = stored.reader()
+    reader.raw.name = stored.name  # type: ignore[attr-defined]  # how messages call it
+    kind = open_medium(reader, limits).kind
+    return {"type": kind, kind: reader}
+
+
+def _progress(quiet: bool) -> Listener:
+    if quiet:
+        return Listener()
+    return Bar() if sys.stderr.isatty() else ProgressLines(sys.stderr)
+
+
+def _words_to(output: str | None) -> TextIO:
+    """Words make way on stdout for raw sound."""
+    return sys.stderr if output == "-" else sys.stdout
+
+
+def _open(model: str, progress: Listener, verbose: bool, **options: Any) -> OmniRuntime:
+    from .runtime import OmniRuntime
+
+    if not verbose:
+        _hush()
+    return OmniRuntime.open(
+        model, on_download=lambda done, total: progress.show(Progress("download", done, total, "bytes")), **options
+    )
+
+
+def _hush() -> None:
+    """Silence the modelling library's warnings, which are for people who write models; only a door may do so."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+def _answer(
+    runtime: OmniRuntime, model: str, events: Iterator[Event], progress: Listener, speech: Speech, reply: Reply
+) -> tuple[dict[str, Any], bool]:
+    """Hand out an answer as it comes, then the whole of it; returns that, and whether Ctrl-C ended it early."""
+    from .offload.meter import process_bytes
+
+    finished, interrupted = follow(events, (progress, speech, reply), runtime.cancel)
+    record = answer_record(
+        finished,
+        model=model,
+        device=runtime.device.title,
+        kernel=runtime._model.kernel,
+        audio_path=speech.written_to,
+        peak_resident_bytes=process_bytes().peak_resident_bytes,
+    )
+    reply.end(record)
+    return record, interrupted
+
+
+class Bar(Listener):
+    """Progress for a person: a bar on stderr that tells what is being done, gone as soon as there are words to read."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Display
+
+        self._display = Display(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[amount]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._display.add_task("", total=None, amount="")
+        self._over = False
+
+    def show(self, event: Event) -> None:
+        match event:
+            case TextDelta():
+                self.close()
+                self._over = True
+            case Progress(stage=stage, done=done, total=total) if not self._over:
+                self._display.start()
+                amount = progress_amount(event)
+                self._display.update(self._task, description=stage, completed=done, total=total, amount=amount)
+
+    def close(self) -> None:
+        self._display.stop()
+
+
+def _print_shape(shape: PromptShape, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(shape)))
+        return
+    print(
+        f"{shape.prompt_tokens} prompt tokens: {shape.text_tokens} text, {shape.image_tokens} image,"
+        f" {shape.audio_tokens} audio, {shape.video_tokens} video"
+    )
+    for medium in shape.media:
+        print(f"{medium.tokens:>8}  {medium.kind}  {medium.name}")

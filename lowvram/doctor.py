@@ -1,0 +1,83 @@
+"""What this machine offers: versions, devices, the kernel that would multiply 4-bit weights, caches and disk.
+
+`examine` looks, `report_lines` tells people; between them is plain JSON.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .device import Device, choose_dtype, open_device
+from .errors import BackendError
+from .offload.budget import format_bytes
+
+PACKAGES = ("torch", "transformers", "av", "huggingface_hub", "safetensors")
+PUBLISHED_DTYPE = "float16"
+"""What the default checkpoint was published in."""
+
+
+def examine() -> dict[str, Any]:
+    """Look at this machine. Nothing is downloaded; a device that is not there is a finding, not an error."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    devices, obstacle = _devices()
+    return {
+        "lowvram": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "packages": {name: version(name) for name in PACKAGES},
+        "devices": [_device_record(device) for device in devices],
+        "no_cuda": obstacle,
+        "folders": [_folder_record("models", Path(HF_HUB_CACHE)), _folder_record("output", Path.cwd())],
+    }
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """What `examine` found, a line each."""
+    lines = [f"lowvram {report['lowvram']}, Python {report['python']}"]
+    lines.append(", ".join(f"{name} {number}" for name, number in report["packages"].items()))
+    for device in report["devices"]:
+        lines.append(f"{device['name']}: {device['title']}, {format_bytes(device['free_bytes'])} free")
+        lines.append(f"    {device['dtype']}, kernel {device['kernel']} ({device['reason']})")
+    if report["no_cuda"]:
+        lines.append(f"cuda: {report['no_cuda']}")
+    for folder in report["folders"]:
+        lines.append(f"{folder['what']}: {folder['path']}, {format_bytes(folder['free_bytes'])} free")
+    return lines
+
+
+def _devices() -> tuple[list[Device], str]:
+    """Every device there is, and why there is none but the CPU (empty when there is)."""
+    found = [open_device("cpu")]
+    for index in itertools.count():
+        try:
+            found.append(open_device(f"cuda:{index}"))
+        except BackendError as error:
+            return found, "" if index else str(error.args[0])
+    raise AssertionError("counting ends at the first missing device")
+
+
+def _device_record(device: Device) -> dict[str, Any]:
+    from .quant.matmul import choose_backend
+
+    dtype = choose_dtype("auto", device.torch, PUBLISHED_DTYPE)
+    backend = choose_backend(device.torch, dtype)
+    return {
+        "name": str(device.torch),
+        "title": device.title,
+        "free_bytes": device.free_bytes,
+        "dtype": str(dtype).removeprefix("torch."),
+        "kernel": backend.name,
+        "reason": backend.reason,
+    }
+
+
+def _folder_record(what: str, path: Path) -> dict[str, Any]:
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    return {"what": what, "path": str(path), "free_bytes": shutil.disk_usage(nearest).free}

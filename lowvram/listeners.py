@@ -1,0 +1,269 @@
+"""Events -> what leaves the program: text or JSON for whoever asked, sound for a file or a pipe, progress for a log.
+
+Each listener writes to the one place it is given. Which places those are, and what errors and signals do, is decided
+in `cli`.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+
+from .errors import OptionError
+from .events import AudioChunk, Event, Finished, Progress, TextDelta
+from .offload.budget import format_bytes
+
+if TYPE_CHECKING:
+    from .token2wav.wav import WavWriter
+
+
+DEMO = "demo"
+"""The name of the built-in checkpoint."""
+
+
+class Listener:
+    """Follows an answer event by event; `close` comes last, whatever ended it. This one shows nothing."""
+
+    def show(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Reply(Listener):
+    """A listener that writes the answer to `out` and, if it comes that far, is given the whole (`answer_record`)."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def end(self, record: Mapping[str, Any]) -> None: ...
+
+
+class TextReply(Reply):
+    """The answer's words as they come, and a newline after the last, whatever ended them."""
+
+    def __init__(self, out: TextIO) -> None:
+        super().__init__(out)
+        self._line_is_open = False
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, TextDelta):
+            self._line_is_open = not event.text.endswith("\n")
+            print(event.text, end="", file=self._out, flush=True)
+
+    def close(self) -> None:
+        if self._line_is_open:
+            print(file=self._out, flush=True)
+
+
+class JsonReply(Reply):
+    """One JSON object, at the end."""
+
+    def end(self, record: Mapping[str, Any]) -> None:
+        _print_json(record, self._out)
+
+
+class NdjsonReply(Reply):
+    """A JSON object per line for every event as it happens; the last one is the whole answer."""
+
+    def show(self, event: Event) -> None:
+        if not isinstance(event, Finished):
+            _print_json(event_record(event), self._out)
+
+    def end(self, record: Mapping[str, Any]) -> None:
+        _print_json({"event": "finished", **record}, self._out)
+
+
+class Speech(Listener):
+    """The answer's sound; `written_to` says where it went, None while there was none."""
+
+    written_to: str | None = None
+
+
+class SpeechFile(Speech):
+    """Sound to a WAV file that is valid after every chunk.
+
+    The file is opened with the first sound, so that a turn that fails before that leaves an older file alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._opened = ExitStack()
+        self._writer: WavWriter | None = None
+
+    def show(self, event: Event) -> None:
+        if not isinstance(event, AudioChunk):
+            return
+        if self._writer is None:
+            from .token2wav.wav import WavWriter
+
+            self._writer = self._opened.enter_context(WavWriter(self._path))
+            self.written_to = str(self._path)
+        self._writer.write(event.samples)
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+class SpeechPipe(Speech):
+    """Sound to a pipe: raw 16-bit little-endian samples, as they come."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, AudioChunk):
+            from .token2wav.wav import write_pcm
+
+            self.written_to = "stdout"
+            write_pcm(self._out, event.samples)
+            self._out.flush()
+
+
+class ProgressLines(Listener):
+    """Progress for a log: a line when a part of the turn begins, and one when it is done."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._running = ""
+
+    def show(self, event: Event) -> None:
+        if not isinstance(event, Progress):
+            return
+        if event.done == event.total or event.stage != self._running:
+            print(f"{event.stage}: {progress_amount(event)}", file=self._out, flush=True)
+        self._running = "" if event.done == event.total else event.stage
+
+
+class _Interrupt:
+    """While entered, the first Ctrl-C cancels and the second interrupts, as if nobody listened."""
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self.happened = False
+        self._cancel = cancel
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, self._first)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _first(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.happened = True
+        self._cancel()
+
+
+def follow(events: Iterator[Event], listeners: Sequence[Listener], cancel: Callable[[], None]) -> tuple[Finished, bool]:
+    """Show every event to every listener; returns the last, and whether a first Ctrl-C cancelled the answer."""
+    interrupt = _Interrupt(cancel)
+    with ExitStack() as stack:
+        for listener in listeners:
+            stack.callback(listener.close)
+        # Until something has happened there is nothing to keep: Ctrl-C is still Python's own.
+        first = next(events)
+        stack.enter_context(interrupt)
+        for event in chain([first], events):
+            for listener in listeners:
+                listener.show(event)
+    assert isinstance(event, Finished), event
+    return event, interrupt.happened
+
+
+def speech_to(output: str, stdout: TextIO) -> Speech:
+    """Where speech goes. A place that cannot be written to is refused here, before a model is opened."""
+    if output == "-":
+        if stdout.isatty():
+            raise OptionError("raw sound would go to a terminal", hint="pipe it: -o - | aplay -f S16_LE -r 24000")
+        return SpeechPipe(stdout.buffer)
+    path = Path(output)
+    if not path.parent.is_dir():
+        raise OptionError(f"the folder {path.parent} for {path.name} does not exist", hint="make it, or choose another")
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written: {error.strerror}", hint="choose another place with -o") from error
+    if is_new:
+        path.unlink()
+    return SpeechFile(path)
+
+
+def event_record(event: Progress | TextDelta | AudioChunk) -> dict[str, Any]:
+    """An event as JSON has it. Sound is told by its place and length in seconds, not by its samples."""
+    match event:
+        case TextDelta():
+            return {"event": "text", "text": event.text}
+        case AudioChunk():
+            seconds = len(event.samples) / event.sample_rate_hz
+            return {"event": "audio", "start_s": event.start_s, "seconds": seconds, "is_last": event.is_last}
+        case Progress():
+            return {"event": "progress", **vars(event)}
+
+
+def answer_record(
+    finished: Finished, *, model: str, device: str, kernel: str, audio_path: str | None, peak_resident_bytes: int | None
+) -> dict[str, Any]:
+    """A whole answer as JSON has it; `audio` is null unless sound was written to `audio_path`.
+
+    `memory` holds the device's peaks by phase and how they were counted, and beside them, never mixed, the highest
+    resident set of the process.
+    """
+    audio = {"path": audio_path, "seconds": finished.audio_s, "sample_rate_hz": finished.sample_rate_hz}
+    return {
+        "model": model,
+        "device": device,
+        "kernel": kernel,
+        "text": finished.text,
+        "text_ids": list(finished.text_ids),
+        "codec_ids": list(finished.codec_ids),
+        "prompt_tokens": finished.prompt_tokens,
+        "finish_reason": finished.finish_reason,
+        "speech_finish_reason": finished.speech_finish_reason,
+        "audio": audio if audio_path else None,
+        "timings": dict(finished.timings),
+        "memory": {**finished.memory, "process_peak_resident_bytes": peak_resident_bytes},
+    }
+
+
+def used_lines(record: Mapping[str, Any]) -> list[str]:
+    """What an answer cost, for people: tokens and time, memory and machine, and where its sound went."""
+    seconds = [
+        f"{what} {record['timings'][name]:.2f} s"
+        for name, what in (("total", "in"), ("ttft", "first text after"), ("audio_ttfp", "first sound after"))
+        if name in record["timings"]
+    ]
+    tokens = f"{record['prompt_tokens']} prompt tokens, {len(record['text_ids'])} text tokens"
+    lines = [
+        f"used: {tokens}, {len(record['codec_ids'])} codes {', '.join(seconds)}",
+        f"used: {_peak(record['memory'])}, {record['device']}, kernel {record['kernel']}",
+    ]
+    if audio := record["audio"]:
+        lines.append(f"speech: {audio['seconds']:.2f} s at {audio['sample_rate_hz']} Hz to {audio['path']}")
+    if record["model"] == DEMO:
+        lines.append("demo: its words are gibberish; it shows that everything works")
+    return lines
+
+
+def progress_amount(progress: Progress) -> str:
+    """How far a part of the turn is: "120 of 768 tokens", "1.50 GiB of 3.16 GiB"."""
+    amounts = [n for n in (progress.done, progress.total) if n is not None]
+    if progress.unit == "bytes":
+        return " of ".join(map(format_bytes, amounts))
+    return f"{' of '.join(map(str, amounts))} {progress.unit}".rstrip()
+
+
+def _peak(memory: Mapping[str, Any]) -> str:
+    resident_bytes = memory["process_peak_resident_bytes"]
+    if peaks := memory.get("peak_bytes"):
+        phase = max(peaks, key=peaks.get)
+        return f"peak {format_bytes(peaks[phase])} in phase {phase} ({memory['kind']})"
+    return f"peak {format_bytes(resident_bytes)} (process resident set)" if resident_bytes else "peak not measured"
+
+
+def _print_json(record: Mapping[str, Any], out: TextIO) -> None:
+    print(json.dumps(record, ensure_ascii=False), file=out, flush=True)

@@ -1,0 +1,366 @@
+"""What a checkpoint will occupy, from its headers and its config alone: weights by block, KV bytes, activations.
+
+Weights are exact: they are what the headers say, laid out as blocks are. Activations are derived from the code that
+will run, tensor by tensor at its widest point; each formula stands in the docstring of the method that computes it.
+Shapes below: h hidden, i intermediate, d head size, w bytes per element of the compute dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import CheckpointError
+
+BLOCK_ALIGNMENT_BYTES = 256
+"""Each tensor of a block starts on a multiple of this: what CUDA's own allocator aligns to."""
+
+TOKEN2WAV_WIDTH_BYTES = 4
+"""token2wav computes in float32, as the reference does."""
+
+ON_HOST = (
+    "thinker.model.embed_tokens.weight",
+    "talker.model.embed_tokens.weight",
+    "thinker.audio_tower.audio_bos_eos_token.weight",  # stored, but not even the reference reads it
+)
+"""Tables that never travel to the device; only their rows do."""
+
+LM_HEAD = "thinker.lm_head.weight"
+
+_PREFIXES = {
+    "audio_tower": "thinker.audio_tower.",
+    "visual": "thinker.visual.",
+    "thinker": "thinker.model.",
+    "lm_head": "thinker.lm_head.",
+    "talker": "talker.",
+    "dit": "token2wav.code2wav_dit_model.",
+    "bigvgan": "token2wav.code2wav_bigvgan_model.",
+}
+_LAYER = re.compile(r"(?:model\.)?(?:layers|blocks)\.(\d+)\.")
+_LAYERED = ("audio_tower", "visual", "thinker", "talker")
+_SPEECH = ("talker", "dit", "bigvgan")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class StoredTensor(Protocol):
+    """A tensor as a checkpoint's header describes it: `dtype` by safetensors' name, `n_bytes` as stored."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def n_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """Weights that move as one, and their bytes on the device."""
+
+    name: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """A decoder stack (thinker or talker). `input_size` is the width of the rows it is given, `vocab` of its logits."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    input_size: int
+    vocab: int
+
+    def kv_bytes_per_token(self, width_bytes: int) -> int:
+        """Keys and values of every layer: 2 x layers x KV heads x d x w. 7B thinker, 16 bit: 56 KiB."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * width_bytes
+
+    def activation_bytes(self, chunk_tokens: int, width_bytes: int) -> int:
+        """Prefill of a chunk, or a decode step as a chunk of one, then one row of logits.
+
+        Per token, all the time: the chunk's rows as they came (`input_size`), projected if they need to be (h), the
+        last chunk's result and the layer's input (2h), cosine and sine (2d), three int64 positions. Beside them the
+        wider of two points. MLP: the sum with the attention and its norm (2h), the gate's activation, the up
+        projection and their product (3i). Attention: the norm (h), queries and two partial results (3 x heads x d),
+        keys and values (2 x KV heads x d), and the float32 copies that merge the results (3 x heads x d at 4 bytes).
+        7B thinker, 16 bit: 146.5 KiB, of which the three products are 111.
+
+        The logits are drawn from in float32: penalized, sorted with their indices, summed up; about 48 bytes each.
+        """
+        queries = self.heads * self.head_dim
+        always = self.input_size + 2 * self.hidden + 2 * self.head_dim
+        if self.input_size != self.hidden:
+            always += self.hidden
+        mlp = (2 * self.hidden + 3 * self.intermediate) * width_bytes
+        attention = (self.hidden + 3 * queries + 2 * self.kv_heads * self.head_dim) * width_bytes + 3 * queries * 4
+        return chunk_tokens * (always * width_bytes + 3 * 8 + max(mlp, attention)) + 48 * self.vocab
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The vision tower. `patch_elements` is one patch's pixels: channels x temporal patch x patch x patch."""
+
+    hidden: int
+    intermediate: int
+    head_dim: int
+    patch_elements: int
+
+    def activation_bytes(self, patches: int, width_bytes: int) -> int:
+        """A run of patches through a layer, whichever is wider of two points, beside pixels, rotary table and indices.
+
+        Rotating the keys, in float32: the layer's input, its norm, q, k, v (5h at w) and the float32 copies of q and
+        k, the rotated q, and three products on the way to the rotated k (6h at 4 bytes). In the MLP: the layer's
+        input, its sum with the attention, the norm (3h) and the three products of gate and up (3i).
+        """
+        rotating = 5 * self.hidden * width_bytes + 6 * self.hidden * 4
+        mlp = (3 * self.hidden + 3 * self.intermediate) * width_bytes
+        beside = self.patch_elements * width_bytes + 2 * self.head_dim * 4 + 3 * 8
+        return patches * (max(rotating, mlp) + beside)
+
+
+@dataclass(frozen=True)
+class AudioShape:
+    """The audio tower. One window is `window_frames` mel frames and half as many positions."""
+
+    hidden: int
+    ffn: int
+    mel_bins: int
+    window_frames: int
+
+    def activation_bytes(self, windows: int, width_bytes: int) -> int:
+        """A run of windows through a layer's feed-forward part, its widest point.
+
+        Per position: the convolved window, the layer's input and its sum with the attention (3h), the feed-forward
+        product before and after its activation (2f); per mel frame its bins. The convolutions run one window at a
+        time: a frame's first convolution and its activation (2h), and those of half as many positions.
+        """
+        positions = self.window_frames // 2
+        layer = windows * (positions * (3 * self.hidden + 2 * self.ffn) + self.window_frames * self.mel_bins)
+        convolving = windows * positions * self.hidden + 3 * self.window_frames * self.hidden
+        return max(layer, convolving) * width_bytes
+
+
+@dataclass(frozen=True)
+class SoundShape:
+    """token2wav. The DiT: hidden size, feed-forward size, layers, frames per block, how many of its layers look a
+    block back and ahead. BigVGAN: its widest layer in elements per mel frame. `repeats` mel frames are one code."""
+
+    hidden: int
+    ff: int
+    layers: int
+    block_frames: int
+    back_layers: int
+    ahead_layers: int
+    repeats: int
+    vocoder_elements_per_frame: int
+
+    def state_bytes(self, evaluations: int) -> int:
+        """What is kept between chunks, however long the speech. 7B, nine evaluations: 22.6 MiB.
+
+        Per ODE evaluation, for two branches of guidance, a block's keys and values at the layers that look back, and
+        residual, q, k, v at those that look ahead; each layer's six modulations, and two for the output. The
+        vocoder's tails together are worth 200 frames of its widest layer (4.6 MB, as traced).
+        """
+        block = 2 * self.block_frames * self.hidden * (2 * self.back_layers + 4 * self.ahead_layers)
+        modulations = (6 * self.layers + 2) * self.hidden
+        return (evaluations * (block + modulations) + 200 * self.vocoder_elements_per_frame) * TOKEN2WAV_WIDTH_BYTES
+
+    def activation_bytes(self, codes: int, evaluations: int) -> int:
+        """A chunk of `codes` in the DiT or in the vocoder, whichever is larger; they take turns.
+
+        At the end of the speech, the block that waited in each evaluation and the newest one come at once, so fewer
+        frames than theirs are never planned; the vocoder's receptive field holds back 34 more. DiT, per frame and
+        branch of guidance: residual, norm, q, k, v and attention (6h), the feed-forward product before and after its
+        activation (2f). Vocoder, per frame, in an anti-aliased activation of its widest layer: the residual, the
+        running sum of three branches, and, at twice the rate, input, sine, square and scaled square (10 layers, as
+        traced), and two more to join the chunk to its tail.
+        """
+        frames = max(codes * self.repeats, self.block_frames * (evaluations + 1)) + 34
+        dit = 2 * (6 * self.hidden + 2 * self.ff)
+        return frames * max(dit, 12 * self.vocoder_elements_per_frame) * TOKEN2WAV_WIDTH_BYTES
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Everything a plan needs to know about a checkpoint.
+
+    `components` maps audio_tower, visual, thinker, lm_head and, if the checkpoint speaks, talker, dit and bigvgan to
+    their blocks in order of use: one per layer and, last, the rest. `host_bytes` are the tables that stay behind, as
+    stored. `width_bytes` is the compute dtype's; token2wav has its own.
+    """
+
+    components: Mapping[str, tuple[BlockSize, ...]]
+    host_bytes: int
+    width_bytes: int
+    thinker: DecoderShape
+    visual: VisionShape
+    audio: AudioShape
+    talker: DecoderShape | None = None
+    sound: SoundShape | None = None
+
+    @property
+    def speaks(self) -> bool:
+        return self.talker is not None
+
+    def component_bytes(self, name: str) -> int:
+        """All of a component on the device."""
+        return sum(block.n_bytes for block in self.components[name])
+
+    def largest_block_bytes(self, name: str) -> int:
+        """Room for any one block of a component."""
+        return max(block.n_bytes for block in self.components[name])
+
+
+def read_footprint(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], *, width_bytes: int) -> Footprint:
+    """The footprint of a checkpoint whose headers are `tensors` and whose config.json is `config`, as published.
+
+    Float tensors count at `width_bytes` (2 or 4), those of token2wav at 4, packed integers as stored. Raises
+    CheckpointError for a tensor of no known component and for sizes that the config does not give.
+    """
+    speaks = bool(config.get("enable_audio_output", True)) and ON_HOST[1] in tensors
+    sizes: dict[str, dict[str, int]] = {name: {} for name in _PREFIXES if speaks or name not in _SPEECH}
+    for name, tensor in tensors.items():
+        component = _component_of(name)
+        if name not in ON_HOST and component in sizes:
+            block = _block_of(name, component)
+            width = TOKEN2WAV_WIDTH_BYTES if component in ("dit", "bigvgan") else width_bytes
+            sizes[component][block] = sizes[component].get(block, 0) + _device_bytes(tensor, width)
+    if not sizes["lm_head"] and ON_HOST[0] in tensors:  # tied to the embedding, which itself stays on the host
+        sizes["lm_head"]["lm_head"] = _device_bytes(tensors[ON_HOST[0]], width_bytes)
+    _require_complete(sizes)
+    return Footprint(
+        components={name: tuple(_in_order(blocks)) for name, blocks in sizes.items()},
+        host_bytes=sum(tensors[name].n_bytes for name in ON_HOST if name in tensors),
+        width_bytes=width_bytes,
+        thinker=_decoder_shape(config, "thinker_config.text_config", len(sizes["thinker"]) - 1),
+        visual=_vision_shape(config),
+        audio=_audio_shape(config),
+        talker=_decoder_shape(config, "talker_config", len(sizes["talker"]) - 1) if speaks else None,
+        sound=_sound_shape(config) if speaks else None,
+    )
+
+
+def _component_of(name: str) -> str:
+    for component, prefix in _PREFIXES.items():
+        if name.startswith(prefix):
+            return component
+    raise CheckpointError(
+        f"tensor {name} belongs to no part of a Qwen2.5-Omni",
+        tensor=name,
+        hint="weights and config.json belong to different models, or the checkpoint is of a newer kind",
+    )
+
+
+def _block_of(name: str, component: str) -> str:
+    if component not in _LAYERED:
+        return component
+    layer = _LAYER.match(name.removeprefix(_PREFIXES[component]))
+    return f"{component}.{layer[1]}" if layer else f"{component}.rest"
+
+
+def _device_bytes(tensor: StoredTensor, width_bytes: int) -> int:
+    n_bytes = math.prod(tensor.shape) * width_bytes if tensor.dtype in _FLOATS else tensor.n_bytes
+    return -(-n_bytes // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES
+
+
+def _in_order(blocks: Mapping[str, int]) -> Iterable[BlockSize]:
+    """Layers by number, then the rest."""
+
+    def position(name: str) -> float:
+        number = name.rpartition(".")[2]
+        return int(number) if number.isdigit() else math.inf
+
+    return (BlockSize(name, blocks[name]) for name in sorted(blocks, key=position))
+
+
+def _require_complete(sizes: Mapping[str, Mapping[str, int]]) -> None:
+    for component, blocks in sizes.items():
+        if not blocks:
+            raise CheckpointError(
+                f"the checkpoint has no {component}: no tensor begins with {_PREFIXES[component]}",
+                hint="download it again, or check its index",
+            )
+
+
+def _decoder_shape(config: Mapping[str, Any], path: str, layers: int) -> DecoderShape:
+    hidden, heads = _number(config, f"{path}.hidden_size"), _number(config, f"{path}.num_attention_heads")
+    return DecoderShape(
+        layers=layers,
+        hidden=hidden,
+        intermediate=_number(config, f"{path}.intermediate_size"),
+        heads=heads,
+        kv_heads=_number(config, f"{path}.num_key_value_heads"),
+        head_dim=_number(config, f"{path}.head_dim", hidden // heads),
+        input_size=_number(config, f"{path}.embedding_size", hidden),
+        vocab=_number(config, f"{path}.vocab_size"),
+    )
+
+
+def _vision_shape(config: Mapping[str, Any]) -> VisionShape:
+    path = "thinker_config.vision_config"
+    hidden, patch = _number(config, f"{path}.hidden_size"), _number(config, f"{path}.patch_size")
+    return VisionShape(
+        hidden=hidden,
+        intermediate=_number(config, f"{path}.intermediate_size"),
+        head_dim=hidden // _number(config, f"{path}.num_heads"),
+        patch_elements=3 * _number(config, f"{path}.temporal_patch_size", 2) * patch**2,
+    )
+
+
+def _audio_shape(config: Mapping[str, Any]) -> AudioShape:
+    path = "thinker_config.audio_config"
+    return AudioShape(
+        hidden=_number(config, f"{path}.d_model"),
+        ffn=_number(config, f"{path}.encoder_ffn_dim"),
+        mel_bins=_number(config, f"{path}.num_mel_bins"),
+        window_frames=2 * _number(config, f"{path}.n_window"),
+    )
+
+
+def _sound_shape(config: Mapping[str, Any]) -> SoundShape:
+    """The published config spells the DiT's sizes `dim` and `depth` and leaves its block structure to the reference's
+    defaults; the modelling library writes `hidden_size` and `num_hidden_layers`."""
+    path = "token2wav_config.dit_config"
+    hidden = _number(config, f"{path}.hidden_size", _number(config, f"{path}.dim", 1024))
+    dit = config.get("token2wav_config", {}).get("dit_config", {})
+    return SoundShape(
+        hidden=hidden,
+        ff=hidden * _number(config, f"{path}.ff_mult", 2),
+        layers=_number(config, f"{path}.num_hidden_layers", _number(config, f"{path}.depth", 22)),
+        block_frames=_number(config, f"{path}.block_size", 24),
+        back_layers=len(dit.get("look_backward_layers", (0, 20))),
+        ahead_layers=len(dit.get("look_ahead_layers", (10,))),
+        repeats=_number(config, f"{path}.repeats", 2),
+        vocoder_elements_per_frame=_widest_layer(config.get("token2wav_config", {}).get("bigvgan_config", {})),
+    )
+
+
+def _widest_layer(vocoder: Mapping[str, Any]) -> int:
+    """Channels times positions per mel frame, at the widest layer: each halves the channels and adds positions."""
+    channels, positions, widest = vocoder.get("upsample_initial_channel", 1536), 1, 0
+    for rate in vocoder.get("upsample_rates", (5, 3, 2, 2, 2, 2)):
+        channels, positions = channels // 2, positions * rate
+        widest = max(widest, channels * positions)
+    return widest
+
+
+def _number(config: Mapping[str, Any], path: str, default: int | None = None) -> int:
+    """A positive whole number of the config, by dotted path; null counts as absent."""
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if value is None:
+        value = default
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"config.json gives {value!r} for {path}, which must be a positive whole number",
+            path="config.json",
+            hint="the checkpoint is incomplete or not a Qwen2.5-Omni",
+        )
+    return value

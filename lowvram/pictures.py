@@ -1,0 +1,98 @@
+"""Pictures, still and animated: bytes or a PIL image -> uint8 RGB, by Pillow.
+
+A picture is measured before it is decoded. Animated ones (GIF, APNG, WebP) are read picture by picture.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .errors import MediaError
+from .options import Limits
+from .sources import Stored
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+ANIMATED_FORMATS = ("PNG", "WEBP", "GIF")
+"""JPEG (MPO) and TIFF may hold several pictures too, but as previews and pages."""
+
+UNTIMED_MS = 100
+"""How long browsers show a picture whose duration is 0."""
+
+TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, *TOO_LARGE)
+"""How Pillow's readers report bytes that they cannot make sense of."""
+
+
+@contextmanager
+def open_picture(stored: Stored, limits: Limits) -> Iterator[Image.Image | None]:
+    """The picture that Pillow sees in these bytes, not yet decoded, or None.
+
+    Raises MediaError: more than `limits.max_source_pixels`, or than Pillow itself allows (`Image.MAX_IMAGE_PIXELS`).
+    """
+    with stored.reader() as file:
+        try:
+            picture = Image.open(file, formats=FORMATS)
+        except TOO_LARGE as error:
+            raise MediaError(
+                f"{stored.name} is too large a picture: {error}",
+                path=stored.name,
+                limit="max_source_pixels",
+                hint="scale it down",
+            ) from error
+        except DAMAGE:
+            yield None
+            return
+        with picture:
+            check_pixels(stored.name, picture.width, picture.height, limits)
+            yield picture
+
+
+def check_pixels(name: str, width: int, height: int, limits: Limits) -> None:
+    """Refuse a picture or frame above `limits.max_source_pixels` with a MediaError."""
+    if width * height > limits.max_source_pixels:
+        raise MediaError(
+            f"{name} is {width} x {height} pixels, where at most {limits.max_source_pixels:,} pixels are decoded",
+            path=name,
+            limit="max_source_pixels",
+            hint="scale it down, or raise max_source_pixels",
+        )
+
+
+def to_rgb(picture: Image.Image, name: str) -> np.ndarray:
+    """Decode to uint8 [H, W, 3]: upright by EXIF, transparency over white, 16-bit grey scaled to 8.
+
+    The official `to_rgb` leaves EXIF aside, knows white behind RGBA only, and clips 16-bit grey.
+    """
+    try:
+        upright = ImageOps.exif_transpose(picture)
+        if upright.mode.startswith("I"):
+            upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
+        if upright.has_transparency_data:
+            cutout = upright.convert("RGBA")
+            upright = Image.new("RGB", cutout.size, "white")
+            upright.paste(cutout, mask=cutout)
+        return np.array(upright.convert("RGB"))
+    except DAMAGE as error:
+        raise MediaError(f"{name} is damaged: {error}", path=name, hint="copy or download it again") from error
+
+
+def is_animated(picture: Image.Image) -> bool:
+    return picture.format in ANIMATED_FORMATS and getattr(picture, "n_frames", 1) > 1
+
+
+def durations_ms(picture: Image.Image) -> list[float]:
+    """How long each picture of an animation is shown, up to the first one that is damaged."""
+    durations = []
+    for index in range(getattr(picture, "n_frames", 1)):
+        try:
+            picture.seek(index)
+            picture.load()
+        except DAMAGE:
+            break
+        durations.append(picture.info.get("duration") or UNTIMED_MS)
+    return durations

@@ -1,0 +1,61 @@
+"""A linear layer whose weight is 4-bit: what `nn.Linear` is to a decoder layer, for a stored AWQ linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .matmul import Backend
+from .packing import TensorSpec, stored_layout
+
+
+class AWQLinear(nn.Module):
+    """x [..., in_features] -> [..., out_features] by `backend`, with an optional bias.
+
+    A skeleton: its parameters (those of the backend's layout, and `bias` in `dtype`) lie on `meta`, require no
+    gradient, and wait to be replaced by tensors on the device. Raises UnsupportedQuantError for sizes that AWQ cannot
+    store.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group_size: int,
+        backend: Backend,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        self.backend = backend
+        stored = stored_layout(in_features, out_features, group_size)
+        self.stored_shapes: Mapping[str, tuple[int, ...]] = {leaf: spec.shape for leaf, spec in stored.items()}
+        layout = backend.layout(in_features, out_features, group_size, dtype)
+        self.packed_names = tuple(layout)
+        for name, spec in layout.items():
+            self.register_parameter(name, _skeleton(spec))
+        self.register_parameter("bias", _skeleton(TensorSpec((out_features,), dtype)) if bias else None)
+
+    def pack(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, *, out: Mapping[str, Tensor]) -> None:
+        """Fill `out` (tensors for `packed_names`) from what the checkpoint stores; see `matmul.Backend.pack`."""
+        self.backend.pack(qweight, qzeros, scales, self.group_size, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = {name: getattr(self, name) for name in self.packed_names}
+        product = self.backend.matmul(x, weights, self.group_size)
+        return product if self.bias is None else product.add_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}, backend={self.backend.name}"
+
+
+def _skeleton(spec: TensorSpec) -> nn.Parameter:
+    return nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), requires_grad=False)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from awq_by_hand import random_stored
+from torch import Tensor
+
+from lowvram.quant import int4_cpu
+from lowvram.quant.int4_cpu import UNPACK_FROM_ROWS, Int4CpuBackend
+from lowvram.quant.matmul import choose_backend
+from lowvram.quant.packing import stored_layout
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_a_weight_takes_half_a_byte_and_a_pair_per_group(group_size: int):
+    layout = Int4CpuBackend().layout(3584, 18944, group_size, torch.bfloat16)
+    n_bytes = sum(torch.empty(spec.shape, dtype=spec.dtype, device="meta").nbytes for spec in layout.values())
+    assert n_bytes == 3584 * 18944 // 2 + 3584 // group_size * 18944 * 2 * 2
+
+
+@pytest.mark.parametrize(("in_features", "out_features", "group_size"), [(96, 64, 48), (64, 72, 32), (512, 64, 512)])
+def test_a_linear_that_the_kernel_cannot_take_keeps_awq_s_tensors(in_features: int, out_features: int, group_size: int):
+    layout = Int4CpuBackend().layout(in_features, out_features, group_size, torch.bfloat16)
+    assert layout == stored_layout(in_features, out_features, group_size)
+
+
+def test_long_and_short_inputs_read_the_same_weights():
+    backend = Int4CpuBackend()
+    layout = backend.layout(256, 128, 32, torch.bfloat16)
+    weights = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
+    backend.pack(*random_stored(256, 128, 32), 32, weights)
+    x = torch.randn(UNPACK_FROM_ROWS, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    long = backend.matmul(x, weights, 32)
+    short = torch.cat([backend.matmul(row, weights, 32) for row in x.split(1)])
+    assert (long.float() - short.float()).norm() <= 3e-3 * short.float().norm()
+
+
+def test_a_kernel_that_computes_wrongly_is_passed_over(monkeypatch: pytest.MonkeyPatch):
+    pack = int4_cpu._pack_for_kernel
+    monkeypatch.setattr(int4_cpu, "_pack_for_kernel", lambda values: pack(values.roll(1, dims=0)))
+    backend = choose_backend(CPU, torch.bfloat16)
+    assert backend.name == "reference"
+    assert "int4-cpu was passed over: torch's kernel is wrong on this machine" in backend.reason
+
+
+def test_a_kernel_that_this_torch_lacks_is_passed_over(monkeypatch: pytest.MonkeyPatch):
+    def missing(values: Tensor) -> Tensor:
+        return torch.ops.aten._no_such_operator(values)
+
+    monkeypatch.setattr(int4_cpu, "_pack_for_kernel", missing)
+    backend = choose_backend(CPU, torch.bfloat16)
+    assert backend.name == "reference"
+    assert "int4-cpu was passed over: torch's kernel fails on this machine" in backend.reason

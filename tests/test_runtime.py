@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lowvram.errors import BackendError, BudgetError, CheckpointError, LowVRAMError, OptionError
+from lowvram.events import Finished, TextDelta
+from lowvram.options import TALKER_SAMPLING, Limits, SamplingParams, SpeechParams
+from lowvram.runtime import OmniRuntime
+
+MESSAGES = [{"role": "user", "content": "hello green river"}]
+SHORT = SamplingParams(max_tokens=8)
+SPEECH = SpeechParams(sampling=replace(TALKER_SAMPLING, max_tokens=30, seed=1), steps=2)
+
+
+def ask(omni: OmniRuntime, **options: object) -> Finished:
+    *_, finished = omni.generate(MESSAGES, **{"sampling": SHORT, "speech": SPEECH, **options})
+    return finished
+
+
+def test_two_turns_one_after_another_say_the_same(omni: OmniRuntime):
+    first, second = ask(omni), ask(omni)
+    assert (first.text_ids, first.codec_ids) == (second.text_ids, second.codec_ids)
+
+
+def test_text_alone_has_no_codes_and_no_speech_finish_reason(omni: OmniRuntime):
+    finished = ask(omni, speech=None)
+    assert (finished.codec_ids, finished.speech_finish_reason, finished.audio_s) == ((), None, 0.0)
+
+
+def test_text_does_not_depend_on_whether_it_is_spoken(omni: OmniRuntime):
+    assert ask(omni, speech=None).text_ids == ask(omni).text_ids
+
+
+def test_deltas_add_up_to_the_text(omni: OmniRuntime):
+    *events, finished = omni.generate(MESSAGES, sampling=SHORT, speech=SPEECH)
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == finished.text
+
+
+def test_limits_reached_are_called_length(omni: OmniRuntime):
+    finished = ask(omni, sampling=SamplingParams(max_tokens=2))
+    assert (finished.finish_reason, len(finished.text_ids)) == ("length", 2)
+    assert (finished.speech_finish_reason, len(finished.codec_ids)) == ("length", 30)
+
+
+def test_cancelling_from_another_thread_ends_the_turn_with_a_summary(omni: OmniRuntime):
+    events = omni.generate(MESSAGES, sampling=SamplingParams(max_tokens=500, temperature=2.0, seed=1), speech=SPEECH)
+    next(event for event in events if isinstance(event, TextDelta))
+    canceller = threading.Thread(target=omni.cancel)
+    canceller.start()
+    canceller.join()
+    *_, finished = events
+    assert finished.finish_reason == "cancelled"
+    assert len(finished.text_ids) >= 1
+
+
+def test_a_cancelled_runtime_answers_again(omni: OmniRuntime):
+    events = omni.generate(MESSAGES, sampling=SHORT, speech=SPEECH)
+    next(events)
+    omni.cancel()
+    list(events)
+    assert ask(omni).finish_reason != "cancelled"
+
+
+def test_closing_the_iterator_leaves_the_runtime_usable(omni: OmniRuntime):
+    expected = ask(omni)
+    events = omni.generate(MESSAGES, sampling=SHORT, speech=SPEECH)
+    next(events)
+    events.close()
+    assert ask(omni).codec_ids == expected.codec_ids
+
+
+def test_a_second_answer_at_once_is_refused(omni: OmniRuntime):
+    first = omni.generate(MESSAGES, sampling=SHORT, speech=SPEECH)
+    next(first)
+    with pytest.raises(LowVRAMError, match="already making 1 answer"):
+        next(omni.generate(MESSAGES))
+    assert isinstance(list(first)[-1], Finished)
+
+
+def test_answers_can_be_made_in_another_thread(omni: OmniRuntime):
+    said = []
+    worker = threading.Thread(target=lambda: said.append(ask(omni)))
+    worker.start()
+    worker.join()
+    assert said[0].text_ids == ask(omni).text_ids
+
+
+def test_a_closed_runtime_refuses(demo: Path):
+    omni = OmniRuntime.open(demo, device="cpu")
+    omni.close()
+    omni.close()
+    with pytest.raises(LowVRAMError, match="closed"):
+        omni.generate(MESSAGES)
+
+
+def test_an_unknown_voice_is_refused_at_the_call(omni: OmniRuntime):
+    with pytest.raises(OptionError, match=r"voice 'Nobody' is unknown \(one of: Chelsie, Ethan\)"):
+        omni.generate(MESSAGES, speech=SpeechParams(voice="Nobody"))
+
+
+def test_a_prompt_beyond_its_limit_is_refused_before_any_weight_moves(demo: Path):
+    with OmniRuntime.open(demo, device="cpu", limits=Limits(max_prompt_tokens=3)) as omni:
+        with pytest.raises(OptionError, match="max_prompt_tokens is 3"):
+            list(omni.generate(MESSAGES))
+        assert omni._machine.residency.live_bytes == 0
+
+
+def test_a_budget_too_small_is_refused_before_any_weight_moves(demo: Path):
+    with OmniRuntime.open(demo, device="cpu", vram="64KiB") as omni:
+        with pytest.raises(BudgetError, match="smallest budget"):
+            list(omni.generate(MESSAGES))
+        assert omni._machine.residency.live_bytes == 0
+
+
+def test_the_smallest_budget_works_and_changes_nothing(demo: Path, omni: OmniRuntime):
+    with (
+        OmniRuntime.open(demo, device="cpu", dtype="float32", vram="64KiB") as refused,
+        pytest.raises(BudgetError) as refusal,
+    ):
+        list(refused.generate(MESSAGES, sampling=SHORT, speech=SPEECH))
+    smallest = refusal.value.needed_bytes
+    with OmniRuntime.open(demo, device="cpu", dtype="float32", vram=smallest) as tight:
+        assert len(tight.plan(MESSAGES, sampling=SHORT, speech=SPEECH).phases) > 1
+        assert ask(tight).codec_ids == ask(omni).codec_ids
+
+
+def test_residents_stay_between_turns_without_a_budget(omni: OmniRuntime):
+    ask(omni)
+    held = omni._machine.residency.live_bytes
+    assert held > 0
+    ask(omni)
+    assert omni._machine.residency.live_bytes == held
+
+
+def test_an_unknown_model_folder_is_refused():
+    with pytest.raises(CheckpointError, match="no folder"):
+        OmniRuntime.open("./no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"device": "tpu9"}, OptionError),
+        ({"device": "meta"}, OptionError),
+        ({"dtype": "int3"}, OptionError),
+        ({"kernel": "warp-drive"}, BackendError),
+        ({"vram": "eight"}, OptionError),
+    ],
+)
+def test_options_that_do_not_exist_are_refused(demo: Path, options: dict, error: type[Exception]):
+    with pytest.raises(error):
+        OmniRuntime.open(demo, **{"device": "cpu", **options})
+
+
+def test_cuda_without_a_card_is_a_backend_error(demo: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(BackendError, match="not available"):
+        OmniRuntime.open(demo, device="cuda")

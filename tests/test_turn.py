@@ -1,0 +1,213 @@
+"""One answer under many plans: whatever shares the device, and however much is computed at once, it says the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lowvram.events import AudioChunk, Event, Finished, Progress, TextDelta
+from lowvram.offload.plan import Phase, Placement, Plan
+from lowvram.options import TALKER_SAMPLING, MediaParams, SamplingParams, SpeechParams
+from lowvram.runtime import OmniRuntime
+from lowvram.turn import Request, Turn
+
+STAGES = ("audio_tower", "visual", "thinker", "talker", "token2wav")
+COMPONENTS = {
+    "audio_tower": ("audio_tower",),
+    "visual": ("visual",),
+    "thinker": ("thinker", "lm_head"),
+    "talker": ("talker",),
+    "token2wav": ("dit", "bigvgan"),
+}
+MEDIA = MediaParams(min_pixels=28 * 28, max_pixels=4 * 28 * 28)
+SAMPLING = SamplingParams(max_tokens=10)
+SPEECH = SpeechParams(sampling=replace(TALKER_SAMPLING, max_tokens=40), steps=4, seed=7, chunk_s=0.24)
+SPEECH = replace(SPEECH, sampling=replace(SPEECH.sampling, seed=11))
+
+MESSAGES = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)},
+            {"type": "audio", "audio": np.sin(np.arange(40_000) / 20).astype(np.float32)},
+            {"type": "video", "video": np.random.default_rng(1).integers(0, 256, (6, 60, 80, 3), dtype=np.uint8)},
+            {"type": "text", "text": "compare the three"},
+        ],
+    }
+]
+
+
+def plan_of(cuts: Sequence[Sequence[str]], placement: Placement = Placement.PHASE, **chunks: int) -> Plan:
+    """A plan with these stages in each phase, all their components placed alike."""
+    phases = tuple(
+        Phase(
+            name="+".join(stages),
+            stages=tuple(stages),
+            placements={component: placement for stage in stages for component in COMPONENTS[stage]},
+            weights_bytes=0,
+            kv_bytes=0,
+            activation_bytes=0,
+            traffic_bytes=0,
+        )
+        for stages in cuts
+    )
+    sizes = {"prefill_chunk_tokens": 1024, "vision_chunk_patches": 4096, "audio_chunk_windows": 8} | chunks
+    return Plan("cpu", None, phases, prompt_tokens=1, text_tokens=1, codes=1, reserve_bytes=0, **sizes)
+
+
+def run(omni: OmniRuntime, plan: Plan, cancel_after: int | None = None) -> Iterator[Event]:
+    """The events of one turn under a given plan; cancelled once that many events are out."""
+    count = 0
+
+    def cancelled() -> bool:
+        return cancel_after is not None and count >= cancel_after
+
+    voice = omni._voices["Chelsie"]
+    with omni.preprocessor.open(MESSAGES, MEDIA) as prompt:
+        request = Request(prompt.inputs, plan, SAMPLING, SPEECH, voice)
+        for event in Turn(omni._machine, request, cancelled, started_s=0.0).run():
+            yield event
+            count += 1
+
+
+def answer(events: Iterator[Event]) -> tuple[Finished, np.ndarray]:
+    events = list(events)
+    assert isinstance(events[-1], Finished)
+    samples = [event.samples for event in events if isinstance(event, AudioChunk)]
+    return events[-1], np.concatenate(samples) if samples else np.zeros(0)
+
+
+@pytest.fixture
+def whole(omni: OmniRuntime) -> tuple[Finished, np.ndarray]:
+    """The answer with everything on the device at once."""
+    return answer(run(omni, plan_of([STAGES])))
+
+
+def assert_same_answer(said: tuple[Finished, np.ndarray], expected: tuple[Finished, np.ndarray]) -> None:
+    assert said[0].text_ids == expected[0].text_ids
+    assert said[0].codec_ids == expected[0].codec_ids
+    np.testing.assert_array_equal(said[1], expected[1])
+
+
+CUTS = {
+    "every stage alone": [[stage] for stage in STAGES],
+    "encoders together": [STAGES[:2], STAGES[2:]],
+    "speech apart": [STAGES[:3], STAGES[3:]],
+    "sound apart": [STAGES[:2], STAGES[2:4], STAGES[4:]],
+}
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_cutting_the_pipe_changes_nothing(omni: OmniRuntime, whole: Any, cuts: Sequence[Sequence[str]]):
+    assert_same_answer(answer(run(omni, plan_of(cuts))), whole)
+
+
+def test_streaming_every_block_changes_nothing(omni: OmniRuntime, whole: Any):
+    assert_same_answer(answer(run(omni, plan_of([STAGES], Placement.STREAMED))), whole)
+
+
+@pytest.mark.parametrize("prefill", [1, 7, 64])
+def test_prefill_chunks_change_nothing(omni: OmniRuntime, whole: Any, prefill: int):
+    said, _ = answer(run(omni, plan_of([STAGES], prefill_chunk_tokens=prefill)))
+    assert (said.text_ids, said.codec_ids) == (whole[0].text_ids, whole[0].codec_ids)
+
+
+def test_encoder_chunks_change_nothing(omni: OmniRuntime, whole: Any):
+    said, _ = answer(run(omni, plan_of([STAGES], vision_chunk_patches=1, audio_chunk_windows=1)))
+    assert (said.text_ids, said.codec_ids) == (whole[0].text_ids, whole[0].codec_ids)
+
+
+def test_text_and_sound_of_one_phase_are_interleaved(omni: OmniRuntime):
+    kinds = [type(event) for event in run(omni, plan_of([STAGES]))]
+    assert kinds.index(AudioChunk) > kinds.index(TextDelta)
+    assert kinds[-2:] == [AudioChunk, Finished]
+
+
+def test_text_of_a_cut_pipe_comes_before_the_talker_is_loaded(omni: OmniRuntime):
+    events = list(run(omni, plan_of([STAGES[:3], STAGES[3:]])))
+    last_text = max(i for i, event in enumerate(events) if isinstance(event, TextDelta))
+    loads = [i for i, event in enumerate(events) if isinstance(event, Progress) and event.stage == "load"]
+    assert last_text < loads[-1]
+
+
+def test_sound_is_480_samples_a_code_and_ends_with_a_last_chunk(omni: OmniRuntime):
+    events = list(run(omni, plan_of([STAGES])))
+    chunks = [event for event in events if isinstance(event, AudioChunk)]
+    assert sum(len(chunk.samples) for chunk in chunks) == 480 * len(events[-1].codec_ids)
+    assert [chunk.is_last for chunk in chunks].index(True) == len(chunks) - 1
+
+
+def test_chunks_say_where_in_the_speech_they_begin(omni: OmniRuntime):
+    chunks = [event for event in run(omni, plan_of([STAGES])) if isinstance(event, AudioChunk)]
+    lengths = np.cumsum([0, *(len(chunk.samples) for chunk in chunks)])
+    assert [chunk.start_s for chunk in chunks] == [start / 24_000 for start in lengths[:-1]]
+
+
+def test_a_stages_weights_leave_before_the_next_come(omni: OmniRuntime):
+    """The most that is ever on the device is the largest phase, not a sum of two."""
+    residency, peak = omni._machine.residency, 0
+    sizes = {name: sum(block.n_bytes for block in blocks) for name, blocks in omni._machine.model.components.items()}
+    for _ in run(omni, plan_of([[stage] for stage in STAGES])):
+        peak = max(peak, residency.live_bytes)
+    assert peak == max(sum(sizes[component] for component in components) for components in COMPONENTS.values())
+
+
+def test_nothing_for_a_phase_stays_after_the_turn(omni: OmniRuntime):
+    list(run(omni, plan_of([STAGES])))
+    assert omni._machine.residency.live_bytes == 0
+
+
+def test_only_the_last_position_has_logits(omni: OmniRuntime):
+    rows = []
+    (head,) = omni._machine.model.components["lm_head"]
+    head.module.register_forward_pre_hook(lambda _module, args: rows.append(tuple(args[0].shape)))
+    said, _ = answer(run(omni, plan_of([STAGES])))
+    hidden = omni._machine.model.embed_tokens.width
+    assert set(rows) == {(1, hidden)}
+    assert len(rows) >= len(said.text_ids)
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 9, 14])
+def test_cancelling_keeps_what_there_is_and_says_so(omni: OmniRuntime, whole: Any, after: int):
+    said, samples = answer(run(omni, plan_of([STAGES]), cancel_after=after))
+    assert "cancelled" in (said.finish_reason, said.speech_finish_reason)
+    assert said.text_ids == whole[0].text_ids[: len(said.text_ids)]
+    np.testing.assert_array_equal(samples, whole[1][: len(samples)])
+
+
+def test_closing_the_iterator_frees_the_device(omni: OmniRuntime):
+    events = run(omni, plan_of([STAGES]))
+    next(event for event in events if isinstance(event, TextDelta))
+    events.close()
+    assert omni._machine.residency.live_bytes == 0
+
+
+def test_prefill_memory_does_not_grow_with_the_prompt(omni: OmniRuntime):
+    """Beyond the cache and the prompt's own rows, a prompt four times as long needs no more."""
+    from lowvram.flow import PromptEmbeds
+    from lowvram.offload.meter import LiveBytes
+    from lowvram.thinker import prefill
+
+    def peak_bytes(tokens: int) -> int:
+        model, device = omni._machine.model, torch.device("cpu")
+        turn = Turn(omni._machine, _text_request(omni), lambda: False, started_s=0.0)
+        list(omni._machine.residency.enter(plan_of([["thinker"]]).phases[0]))
+        rows = torch.zeros(tokens, model.embed_tokens.width)
+        prompt = PromptEmbeds(rows, torch.zeros(tokens, dtype=torch.bool), torch.arange(tokens).expand(3, -1), tokens)
+        cache = model.thinker.new_cache(tokens, device)
+        with LiveBytes() as meter:
+            list(prefill(turn._thinker(), prompt, cache, chunk_tokens=64, talker_rows=None, device=device))
+        return meter.peak_bytes
+
+    peak_bytes(128)  # the first run also makes the workspace of the 4-bit linears
+    assert peak_bytes(2048) == peak_bytes(512)
+
+
+def _text_request(omni: OmniRuntime) -> Request:
+    with omni.preprocessor.open([{"role": "user", "content": "hi"}]) as prompt:
+        return Request(prompt.inputs, plan_of([["thinker"]]), SAMPLING, SPEECH, None)
