@@ -122,10 +122,24 @@ def test_encoder_chunks_change_nothing(omni: OmniRuntime, whole: Any):
     assert (said.text_ids, said.codec_ids) == (whole[0].text_ids, whole[0].codec_ids)
 
 
-def test_text_and_sound_of_one_phase_are_interleaved(omni: OmniRuntime):
-    kinds = [type(event) for event in run(omni, plan_of([STAGES]))]
-    assert kinds.index(AudioChunk) > kinds.index(TextDelta)
-    assert kinds[-2:] == [AudioChunk, Finished]
+def test_text_is_shown_as_it_is_written_also_when_the_pipe_ends_in_sound(omni: OmniRuntime):
+    """The first word is out before the talker has spoken a second code."""
+    with omni.preprocessor.open(MESSAGES, MEDIA) as prompt:
+        request = Request(prompt.inputs, plan_of([STAGES]), SAMPLING, SPEECH, omni._voices["Chelsie"])
+        turn = Turn(omni._machine, request, lambda: False, started_s=0.0)
+        events = turn.run()
+        next(event for event in events if isinstance(event, TextDelta))
+        assert len(turn._codec_ids) <= 1
+        events.close()
+
+
+def test_sound_of_one_phase_begins_before_its_text_ends(omni: OmniRuntime):
+    sampling = SamplingParams(max_tokens=200, temperature=2.0, seed=2)
+    with omni.preprocessor.open(MESSAGES, MEDIA) as prompt:
+        speech = replace(SPEECH, sampling=replace(SPEECH.sampling, max_tokens=150), steps=2)
+        request = Request(prompt.inputs, plan_of([STAGES]), sampling, speech, omni._voices["Chelsie"])
+        kinds = [type(event) for event in Turn(omni._machine, request, lambda: False, started_s=0.0).run()]
+    assert kinds.index(AudioChunk) < len(kinds) - 1 - kinds[::-1].index(TextDelta)
 
 
 def test_text_of_a_cut_pipe_comes_before_the_talker_is_loaded(omni: OmniRuntime):

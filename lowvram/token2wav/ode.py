@@ -1,0 +1,87 @@
+"""The flow's ODE as a chain of velocity evaluations, so that a solver can be spread over a stream.
+
+A solver is a tuple of stages. Each asks for the velocity at one time, at the first tensor of its state, and turns
+(state, velocity) into the next stage's state. Stages work frame by frame and keep nothing, so different frames may
+stand at different stages. Numbers are Python floats; tensors only pass through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..options import Solver
+
+    State = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One evaluation: the velocity is asked at `time`, for the first tensor of the state.
+
+    `advance(state, velocity)` gives the state of the next stage; after the last stage its only tensor is the solution.
+    """
+
+    time: float
+    advance: Callable[[State, Tensor], State]
+
+
+def time_grid(steps: int, sway: float = -1.0) -> tuple[float, ...]:
+    """`steps` time points from 0 to 1, moved towards 0 by sway sampling: t + sway * (cos(pi/2 t) - 1 + t).
+
+    Sway sampling is F5-TTS's (https://arxiv.org/abs/2410.06885, section 3.3), in `Qwen2_5OmniToken2WavDiTModel.sample`
+    with sway -1, where it is t = 1 - cos(pi/2 u).
+    """
+    linear = (index / (steps - 1) for index in range(steps))
+    return tuple(t + sway * (math.cos(math.pi / 2 * t) - 1 + t) for t in linear)
+
+
+def solver_stages(name: Solver, times: tuple[float, ...]) -> tuple[Stage, ...]:
+    """The evaluations that carry a state through `times`: one per interval for `euler`, four for `rk4`."""
+    return _SOLVERS[name](times)
+
+
+def _euler(times: tuple[float, ...]) -> tuple[Stage, ...]:
+    """Euler's rule, x + h v, as Qwen's low-VRAM mode solves."""
+
+    def stage(start: float, end: float) -> Stage:
+        return Stage(start, lambda state, velocity: (state[0] + (end - start) * velocity,))
+
+    return tuple(stage(start, end) for start, end in pairwise(times))
+
+
+def _rk4(times: tuple[float, ...]) -> tuple[Stage, ...]:
+    """Kutta's 3/8 rule (1901), as transformers' `RungeKutta4ODESolver` and torchdiffeq's `rk4` solve."""
+    return tuple(stage for start, end in pairwise(times) for stage in _three_eighths(start, end))
+
+
+def _three_eighths(start: float, end: float) -> tuple[Stage, Stage, Stage, Stage]:
+    """One interval; states carry the point to evaluate, the interval's first point x and the slopes still needed."""
+    h = end - start
+
+    def first(state: State, k1: Tensor) -> State:
+        (x,) = state
+        return x + h / 3 * k1, x, k1
+
+    def second(state: State, k2: Tensor) -> State:
+        _, x, k1 = state
+        return x + h * (k2 - k1 / 3), x, k1, k2
+
+    def third(state: State, k3: Tensor) -> State:
+        _, x, k1, k2 = state
+        return x + h * (k1 - k2 + k3), x, k1 + 3 * (k2 + k3)
+
+    def fourth(state: State, k4: Tensor) -> State:
+        _, x, slopes = state
+        return (x + h / 8 * (slopes + k4),)
+
+    return Stage(start, first), Stage(start + h / 3, second), Stage(start + 2 * h / 3, third), Stage(end, fourth)
+
+
+_SOLVERS: dict[Solver, Callable[[tuple[float, ...]], tuple[Stage, ...]]] = {"euler": _euler, "rk4": _rk4}

@@ -1,0 +1,95 @@
+"""The streaming vocoder against the reference's forward over the whole utterance."""
+
+from functools import cache
+
+import pytest
+import torch
+from small_models import held_bytes, small_token2wav
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowvram.token2wav.vocoder import StreamingVocoder
+from lowvram.token2wav.windows import VOCODER_REACH_FRAMES
+
+HOP = 240
+
+
+def small_vocoder(dtype=torch.float64):
+    return small_token2wav(dtype).code2wav_bigvgan_model
+
+
+def some_mel(frames, dtype=torch.float64):
+    """Log-mel from loud to below the vocoder's floor of -115 dB."""
+    return (torch.randn(1, 80, frames, generator=torch.Generator().manual_seed(6)) * 4 - 4).to(dtype)
+
+
+@cache
+def whole(frames):
+    with torch.no_grad():
+        return small_vocoder()(some_mel(frames)).reshape(-1)
+
+
+def streamed(mel, size, vocoder=None):
+    stream = StreamingVocoder(vocoder or small_vocoder())
+    pieces = [stream.push(piece, last=False) for piece in mel.split(size, -1)]
+    return torch.cat([*pieces, stream.push(mel[..., :0], last=True)])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 20, 21, 33, 34, 35, 68, 69, 96])
+@pytest.mark.parametrize("size", [7, 24, 96])
+def test_stream_equals_whole(frames, size) -> None:
+    sound = streamed(some_mel(frames), size)
+    assert len(sound) == HOP * frames
+    assert (sound - whole(frames)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("frames", [1, 2, 21, 35])
+def test_stream_equals_whole_frame_by_frame(frames) -> None:
+    assert (streamed(some_mel(frames), 1) - whole(frames)).abs().max() <= 1e-12
+
+
+def test_a_long_stream_with_pieces_of_any_size_equals_whole() -> None:
+    sizes = [1] * 10 + [7, 0, 24, 96, 1, 7, 96, 0, 24, 96, 96, 96, 113]
+    stream, pieces = StreamingVocoder(small_vocoder()), some_mel(sum(sizes)).split(sizes, -1)
+    assert sum(sizes) == 666
+    sound = torch.cat([stream.push(piece, last=index == len(pieces) - 1) for index, piece in enumerate(pieces)])
+    assert (sound - whole(666)).abs().max() <= 1e-12
+
+
+def test_sound_lags_the_mel_by_the_receptive_field() -> None:
+    stream, mel = StreamingVocoder(small_vocoder()), some_mel(VOCODER_REACH_FRAMES)
+    assert len(stream.push(mel[..., :-1], last=False)) == 0
+    assert len(stream.push(mel[..., -1:], last=False)) == HOP * VOCODER_REACH_FRAMES - 8029  # 33.454 frames
+
+
+def test_no_sample_that_was_given_out_hears_what_came_later() -> None:
+    mel, other = some_mel(96), some_mel(96)
+    other[..., 60:] = 1.0
+    early = StreamingVocoder(small_vocoder()).push(mel[..., :60], last=False)
+    assert len(early) > 26 * HOP
+    assert torch.equal(early, StreamingVocoder(small_vocoder()).push(other[..., :60], last=False))
+
+
+def test_the_work_is_that_of_the_whole_decode() -> None:
+    with torch.no_grad(), FlopCounterMode(display=False) as whole_work:
+        small_vocoder()(some_mel(60))
+    with FlopCounterMode(display=False) as stream_work:
+        streamed(some_mel(60), 20)
+    assert stream_work.get_total_flops() == pytest.approx(whole_work.get_total_flops(), rel=2e-3)
+
+
+def test_state_depends_neither_on_length_nor_on_arrivals() -> None:
+    held = set()
+    for frames, size in ((120, 40), (120, 120), (240, 120)):
+        stream = StreamingVocoder(small_vocoder(torch.float32))
+        for piece in some_mel(frames, torch.float32).split(size, -1):
+            stream.push(piece, last=False)
+        held.add(held_bytes(stream))
+    assert len(held) == 1
+
+
+def test_loud_sound_is_clipped_as_in_the_reference() -> None:
+    assert whole(96).abs().max() == streamed(some_mel(96), 96).abs().max() == 1
+
+
+def test_no_frames_make_no_samples() -> None:
+    assert len(StreamingVocoder(small_vocoder()).push(some_mel(0), last=True)) == 0

@@ -1,0 +1,37 @@
+"""The rates, against the published configuration, and the latency arithmetic."""
+
+import math
+
+import pytest
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniToken2WavConfig
+
+from lowvram.token2wav import windows
+
+
+def test_the_constants_are_those_of_the_published_configuration() -> None:
+    config = Qwen2_5OmniToken2WavConfig()
+    assert config.dit_config.block_size == windows.BLOCK_FRAMES
+    assert config.dit_config.repeats == windows.MEL_FRAMES_PER_CODE
+    hop = math.prod(config.bigvgan_config.upsample_rates)
+    assert hop * windows.MEL_FRAMES_PER_CODE == windows.SAMPLES_PER_CODE
+
+
+def test_a_second_of_codes_is_a_second_of_samples() -> None:
+    assert windows.CODES_PER_SECOND * windows.SAMPLES_PER_CODE == windows.SAMPLE_RATE_HZ
+
+
+@pytest.mark.parametrize(
+    ("chunk_s", "codes"), [(0.24, 12), (0.25, 24), (0.72, 36), (0.96, 48), (1.0, 60), (1.68, 84), (60.0, 3000)]
+)
+def test_a_chunk_is_whole_blocks(chunk_s: float, codes: int) -> None:
+    assert windows.chunk_codes(chunk_s) == codes
+
+
+def test_every_multiple_of_a_block_keeps_its_length() -> None:
+    """8.88 s among them: 8.88 * 50 / 12 is a hair above 37."""
+    assert [windows.chunk_codes(round(blocks * 0.24, 2)) for blocks in range(1, 251)] == [12 * b for b in range(1, 251)]
+
+
+def test_nine_evaluations_need_120_codes_for_mel_and_132_for_sound() -> None:
+    assert windows.first_mel_codes(9) == 120
+    assert windows.first_sound_codes(9) == 132
