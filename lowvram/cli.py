@@ -66,7 +66,7 @@ _ASK, _SAY, _SEE, _RUN, _OUT = "Question and answer", "Speech", "Media", "Model 
 Media = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[MEDIA]...", show_default=False, help="Videos, sounds, pictures: files, URLs, data: URLs, - for stdin."
+        metavar="MEDIA", show_default=False, help="Videos, sounds, pictures: files, URLs, data: URLs, - for stdin."
     ),
 ]
 Prompt = Annotated[str, _flag("-p", "--prompt", panel=_ASK, help="What to say about the media, or instead of them.")]
@@ -238,18 +238,10 @@ def run(
         progress = stack.enter_context(closing(_progress(quiet)))
         speech = speech_to(output or DEFAULT_OUTPUT, sys.stdout) if spoken and not (dry_run or plan) else Speech()
         messages = _messages(media or [], prompt, system, limits, stack)
+        if not verbose:
+            _hush()
         runtime = stack.enter_context(
-            _open(
-                model,
-                progress,
-                verbose,
-                revision=revision,
-                vram=vram,
-                device=device,
-                dtype=dtype,
-                kernel=kernel,
-                limits=limits,
-            )
+            _open(model, progress, limits, revision=revision, vram=vram, device=device, dtype=dtype, kernel=kernel)
         )
         if dry_run:
             _print_shape(runtime.measure(messages, media=pictures), as_json)
@@ -367,10 +359,7 @@ def _messages(
 ) -> list[dict[str, Any]]:
     """The conversation that the arguments mean: media in order, each as what its content is, then the words."""
     if not sources and not prompt:
-        raise OptionError(
-            "nothing to answer: 0 media and no prompt",
-            hint='try: lowvram run clip.mp4 -p "Who speaks?"',
-        )
+        raise OptionError("nothing to answer: 0 media and no prompt", hint='try: lowvram run clip.mp4 -p "Who speaks?"')
     parts = [_part(source, limits, stack) for source in sources]
     if prompt:
         parts.append({"type": "text", "text": prompt})
@@ -386,8 +375,8 @@ def _part(source: str, limits: Limits, stack: ExitStack) -> dict[str, Any]:
     stored = stack.enter_context(open_stored(source, limits))
     reader = stored.reader()
     reader.raw.name = stored.name  # type: ignore[attr-defined]  # how messages call it
-    kind = open_medium(reader, limits).kind
-    return {"type": kind, kind: reader}
+    with open_medium(reader, limits) as medium:
+        return {"type": medium.kind, medium.kind: reader}
 
 
 def _progress(quiet: bool) -> Listener:
@@ -401,14 +390,13 @@ def _words_to(output: str | None) -> TextIO:
     return sys.stderr if output == "-" else sys.stdout
 
 
-def _open(model: str, progress: Listener, verbose: bool, **options: Any) -> OmniRuntime:
+def _open(model: str, progress: Listener, limits: Limits, **places: Any) -> OmniRuntime:
     from .runtime import OmniRuntime
 
-    if not verbose:
-        _hush()
-    return OmniRuntime.open(
-        model, on_download=lambda done, total: progress.show(Progress("download", done, total, "bytes")), **options
-    )
+    def on_download(done: int, total: int | None) -> None:
+        progress.show(Progress("download", done, total, "bytes"))
+
+    return OmniRuntime.open(model, limits=limits, on_download=on_download, **places)
 
 
 def _hush() -> None:

@@ -1,7 +1,7 @@
 """Events -> what leaves the program: text or JSON for whoever asked, sound for a file or a pipe, progress for a log.
 
-Each listener writes to the one place it is given. Which places those are, and what errors and signals do, is decided
-in `cli`.
+Each listener writes to the one place it is given; `follow` feeds them, and lets a first Ctrl-C end the answer. Which
+places those are, and what errors mean, is decided in `cli`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from .offload.budget import format_bytes
 
 if TYPE_CHECKING:
     from .token2wav.wav import WavWriter
-
 
 DEMO = "demo"
 """The name of the built-in checkpoint."""
@@ -121,7 +120,6 @@ class SpeechPipe(Speech):
 
             self.written_to = "stdout"
             write_pcm(self._out, event.samples)
-            self._out.flush()
 
 
 class ProgressLines(Listener):

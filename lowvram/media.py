@@ -177,13 +177,15 @@ def _open_animation(picture: Image.Image, stored: Stored, limits: Limits) -> Vid
             assert opened is not None, "these bytes were a picture when the video was opened"
             for index in indices:
                 opened.seek(index)
-                yield to_rgb(opened, stored.name)
+                # A picture that reaches over the edge makes Pillow enlarge the whole.
+                yield to_rgb(opened, stored.name)[:height, :width]
 
+    width, height = picture.size
     shown_ms = durations_ms(picture)
     if not shown_ms:
         raise MediaError(f"{stored.name} is a video of 0 frames", path=stored.name, hint="copy or download it again")
     fps = 1000 * len(shown_ms) / sum(shown_ms)
-    return Video(stored.name, len(shown_ms), fps, picture.width, picture.height, False, show)
+    return Video(stored.name, len(shown_ms), fps, width, height, False, show)
 
 
 def read_sound(medium: Medium, start_s: float | None, end_s: float | None, limits: Limits) -> np.ndarray:

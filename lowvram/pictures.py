@@ -5,9 +5,10 @@ A picture is measured before it is decoded. Animated ones (GIF, APNG, WebP) are 
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,7 +25,7 @@ UNTIMED_MS = 100
 """How long browsers show a picture whose duration is 0."""
 
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, *TOO_LARGE)
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, *TOO_LARGE)
 """How Pillow's readers report bytes that they cannot make sense of."""
 
 
@@ -82,17 +83,19 @@ def to_rgb(picture: Image.Image, name: str) -> np.ndarray:
 
 
 def is_animated(picture: Image.Image) -> bool:
-    return picture.format in ANIMATED_FORMATS and getattr(picture, "n_frames", 1) > 1
+    """Whether there is a second picture to show after the first."""
+    try:
+        return picture.format in ANIMATED_FORMATS and bool(getattr(picture, "is_animated", False))
+    except DAMAGE:
+        return False
 
 
 def durations_ms(picture: Image.Image) -> list[float]:
     """How long each picture of an animation is shown, up to the first one that is damaged."""
     durations = []
-    for index in range(getattr(picture, "n_frames", 1)):
-        try:
+    with suppress(*DAMAGE):
+        for index in itertools.count():
             picture.seek(index)
             picture.load()
-        except DAMAGE:
-            break
-        durations.append(picture.info.get("duration") or UNTIMED_MS)
+            durations.append(picture.info.get("duration") or UNTIMED_MS)
     return durations

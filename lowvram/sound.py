@@ -57,7 +57,7 @@ def _uniform(frames: Iterable[av.AudioFrame], rate_hz: int) -> Iterator[av.Audio
             continue
         first = next(run)
         converter = av.AudioResampler(first.format.packed, rate=rate_hz)
-        for frame in (first, *run, None):
+        for frame in itertools.chain([first], run, [None]):
             yield from converter.resample(frame)
 
 

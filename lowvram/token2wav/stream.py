@@ -56,18 +56,19 @@ def decode_speech(
         if len(chunk) < per_chunk:
             yield SILENCE
         else:
-            yield _samples(sound.push(mel.push(chunk), last=False))
+            yield _vocode(sound, mel.push(chunk), last=False)
             chunk = []
     # What is left is a wavefront's worth of codes, vocoded a chunk at a time to keep memory flat and sound coming.
     rest = torch.cat((mel.push(chunk), mel.finish()), -1)
     *frames, final = rest.split(per_chunk * MEL_FRAMES_PER_CODE, -1)
     for some in frames:
-        yield _samples(sound.push(some, last=False))
-    yield _samples(sound.push(final, last=True))
+        yield _vocode(sound, some, last=False)
+    yield _vocode(sound, final, last=True)
 
 
-def _samples(sound: Tensor) -> np.ndarray:
-    return sound.float().cpu().numpy()
+def _vocode(sound: StreamingVocoder, mel: Tensor, last: bool) -> np.ndarray:
+    """Samples that became final, on the host."""
+    return sound.push(mel, last).float().cpu().numpy()
 
 
 def _check_voice(speaker: Speaker, dit: nn.Module) -> None:

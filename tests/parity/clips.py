@@ -21,10 +21,10 @@ def chirp(seconds: float, seed: int) -> np.ndarray:
 
 def write_clip(path: Path, sound: bool) -> None:
     with av.open(str(path), "w") as out:
-        picture = out.add_stream("mjpeg", rate=4, width=64, height=48, pix_fmt="yuvj420p")
+        picture = out.add_stream("mjpeg", rate=4, width=192, height=144, pix_fmt="yuvj420p")
         voice = out.add_stream("pcm_s16le", rate=16_000, layout="mono") if sound else None
         for index in range(12):
-            frame = av.VideoFrame.from_ndarray(noise_picture(48, 64, index), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(noise_picture(144, 192, index), format="rgb24")
             out.mux(picture.encode(frame))
         out.mux(picture.encode())
         if voice:

@@ -26,7 +26,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
-    """A 3-second clip of 64 x 48 pixels at 4 frames a second, with or without sound."""
+    """A 3-second clip of 192 x 144 pixels at 4 frames a second, with or without sound."""
     folder = tmp_path_factory.mktemp("clips")
 
     def make(sound: bool) -> Path:

@@ -1,0 +1,430 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from media_files import numbered_frame, sine, write_sound, write_video
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from lowvram import __version__
+from lowvram.cli import Bar, app
+from lowvram.events import Progress, TextDelta
+from lowvram.offload.plan import Plan
+
+CHECKOUT = Path(__file__).parent.parent
+PROGRAM = (sys.executable, str(CHECKOUT / "cli.py"))
+BRIEF = ("--max-tokens", "4", "--max-codes", "12", "--steps", "2", "--seed", "1")
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture, a sound and a video whose names say nothing, and media that are none."""
+    folder = tmp_path_factory.mktemp("media")
+    Image.new("RGB", (112, 112), "green").save(folder / "picture.bin", format="PNG")
+    write_sound(folder / "sound.bin", sine(16_000, 0.5)[None], 16_000, "pcm_s16le", file_format="wav")
+    clip = write_video(folder / "clip.mp4", [numbered_frame(n) for n in range(8)], fps=4, sound=sine(48_000, 2.0))
+    content = clip.rename(folder / "video.bin").read_bytes()
+    begin, end = content.index(b"mdat") + 4, content.index(b"moov") - 4
+    (folder / "truncated.bin").write_bytes(content[: len(content) // 2])
+    (folder / "frameless.bin").write_bytes(content[:begin] + bytes(end - begin) + content[end:])
+    (folder / "text.bin").write_text("I am no picture")
+    (folder / "empty.bin").touch()
+    Image.new("1", (20_000, 14_000)).save(folder / "huge.bin", format="PNG")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def folder(media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that commands run in: its own for every test, with the media in it."""
+    shutil.copytree(media, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lowvram(*arguments: str | Path, stdin: bytes = b"") -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """A shell's, without what would hide how streams are buffered."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**inherited, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", **more}
+
+
+# An answer
+
+
+def test_words_go_to_stdout_and_speech_to_a_wav_file_in_the_current_folder(demo: Path, folder: Path):
+    done = lowvram("run", "-p", "hello", "--model", demo, *BRIEF)
+    assert (done.exit_code, done.stdout.count("\n"), len(done.stdout.split())) == (0, 1, 4)
+    sound = soundfile.info(folder / "reply.wav")
+    assert (sound.samplerate, sound.channels, sound.subtype, sound.frames) == (24_000, 1, "PCM_16", 12 * 480)
+
+
+def test_json_is_one_object_with_the_whole_answer(demo: Path):
+    done = lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "--json", "-o", "said.wav")
+    answer = json.loads(done.stdout)
+    assert (len(answer["text_ids"]), len(answer["codec_ids"])) == (4, 12)
+    assert answer["audio"] == {"path": "said.wav", "seconds": 12 * 0.02, "sample_rate_hz": 24_000}
+    assert (answer["finish_reason"], answer["speech_finish_reason"], answer["model"]) == ("length", "length", str(demo))
+    assert answer["prompt_tokens"] > 1 and answer["timings"]["total"] > 0
+    assert answer["memory"]["kind"] == "not measured" and answer["memory"]["process_peak_resident_bytes"] > 2**20
+
+
+def test_ndjson_tells_every_event_and_then_the_whole_answer(demo: Path):
+    done = lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "--ndjson")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    *before, last = events
+    assert last["event"] == "finished" and {event["event"] for event in before} == {"progress", "text", "audio"}
+    assert "".join(event["text"] for event in before if event["event"] == "text") == last["text"]
+    assert sum(event["seconds"] for event in before if event["event"] == "audio") == last["audio"]["seconds"]
+
+
+def test_raw_sound_on_stdout_is_the_wav_files_and_moves_the_words_to_stderr(demo: Path, folder: Path):
+    filed = lowvram("run", "-p", "hello", "--model", demo, *BRIEF)
+    piped = lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "-o", "-", "--quiet")
+    samples, _ = soundfile.read(folder / "reply.wav", dtype="int16")
+    assert np.array_equal(np.frombuffer(piped.stdout_bytes, "<i2"), samples)
+    assert piped.stderr == filed.stdout
+
+
+def test_without_speech_nothing_is_written(demo: Path, folder: Path):
+    done = lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "--no-speech", "--json")
+    answer = json.loads(done.stdout)
+    assert (answer["audio"], answer["codec_ids"], answer["speech_finish_reason"]) == (None, [], None)
+    assert not (folder / "reply.wav").exists()
+
+
+def test_a_seed_repeats_a_drawn_answer_and_another_seed_does_not(demo: Path):
+    drawn = ("run", "-p", "hello", "--model", demo, *BRIEF, "--temperature", "2", "--json")
+    one, same, other = (json.loads(lowvram(*drawn, *more).stdout) for more in ((), (), ("--seed", "2")))
+    assert (one["text_ids"], one["codec_ids"]) == (same["text_ids"], same["codec_ids"])
+    assert (one["text_ids"], one["codec_ids"]) != (other["text_ids"], other["codec_ids"])
+
+
+@pytest.fixture(scope="session")
+def usual_speech(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("speech") / "reply.wav"
+    lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "-o", path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--voice", "Ethan"),
+        ("--speech-temperature", "0"),
+        ("--steps", "3"),
+        ("--guidance", "0"),
+        ("--solver", "rk4"),
+        ("--dtype", "float32"),
+        ("--temperature", "2"),
+    ],
+    ids=" ".join,
+)
+def test_an_option_is_heard(demo: Path, folder: Path, usual_speech: bytes, flags: tuple[str, ...]):
+    assert lowvram("run", "-p", "hello", "--model", demo, *BRIEF, *flags).exit_code == 0
+    assert (folder / "reply.wav").read_bytes() != usual_speech
+
+
+@pytest.mark.parametrize("narrow", [("--top-k", "1"), ("--top-p", "1e-6")], ids=" ".join)
+def test_drawing_from_one_token_is_greedy(demo: Path, narrow: tuple[str, ...]):
+    # In bfloat16 the two likeliest tokens can tie, and both are then drawn from, as the reference does.
+    ask = ("run", "-p", "hello", "--model", demo, *BRIEF, "--no-speech", "--dtype", "float32")
+    assert lowvram(*ask, "--temperature", "2", *narrow).stdout == lowvram(*ask).stdout
+
+
+def test_chunk_seconds_set_how_much_sound_comes_at_a_time(demo: Path):
+    ask = ("run", "-p", "hello", "--model", demo, *BRIEF, "--max-codes", "36", "--chunk-seconds", "0.24", "--ndjson")
+    events = [json.loads(line) for line in lowvram(*ask).stdout.splitlines()]
+    assert len([event for event in events if event["event"] == "audio" and event["seconds"]]) > 1
+
+
+def test_quiet_says_nothing_on_stderr(demo: Path):
+    assert lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "--no-speech", "--quiet").stderr == ""
+
+
+def test_stderr_tells_progress_in_a_few_lines_then_what_was_used_and_where_speech_went(demo: Path):
+    lines = lowvram("run", "-p", "hello", "--model", demo, *BRIEF).stderr.splitlines()
+    assert [line.split()[0] for line in lines] == ["load:", "load:", "prefill:", "used:", "used:", "speech:"]
+    assert "4 text tokens, 12 codes" in lines[3] and "process resident set" in lines[4] and "reply.wav" in lines[5]
+
+
+def test_the_demos_words_are_called_gibberish(demo: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lowvram.demo.demo_folder", lambda: demo)
+    assert "gibberish" in lowvram("run", "-p", "hello", "--model", "demo", *BRIEF, "--no-speech").stderr
+
+
+# Media
+
+
+def test_media_are_told_apart_by_content_and_stay_in_order(demo: Path):
+    shape = json.loads(
+        lowvram("run", "video.bin", "picture.bin", "sound.bin", "--model", demo, "--dry-run", "--json").stdout
+    )
+    assert [medium["kind"] for medium in shape["media"]] == ["video", "image", "audio"]
+    assert [medium["name"] for medium in shape["media"]] == ["video.bin", "picture.bin", "sound.bin"]
+
+
+def test_a_dry_run_counts_the_tokens_that_the_answer_then_takes(demo: Path):
+    shape = json.loads(lowvram("run", "video.bin", "-p", "hello", "--model", demo, "--dry-run", "--json").stdout)
+    answer = json.loads(
+        lowvram("run", "video.bin", "-p", "hello", "--model", demo, *BRIEF, "--no-speech", "--json").stdout
+    )
+    assert shape["prompt_tokens"] == answer["prompt_tokens"]
+    assert shape["video_tokens"] > 0 and shape["audio_tokens"] > 0
+
+
+def test_a_dry_run_for_people_names_each_medium(demo: Path):
+    lines = lowvram("run", "picture.bin", "--model", demo, "--dry-run").stdout.splitlines()
+    assert "prompt tokens" in lines[0] and lines[1].split()[1:] == ["image", "picture.bin"]
+
+
+def test_a_dash_reads_a_medium_from_stdin(demo: Path, folder: Path):
+    picture = (folder / "picture.bin").read_bytes()
+    shape = json.loads(lowvram("run", "-", "--model", demo, "--dry-run", "--json", stdin=picture).stdout)
+    assert [(medium["kind"], medium["name"]) for medium in shape["media"]] == [("image", "stdin")]
+
+
+def count(demo: Path, media: Path, *flags: str) -> dict[str, int]:
+    dry = ("run", media / "video.bin", media / "picture.bin", "--model", demo, "--fps", "4", "--dry-run", "--json")
+    return json.loads(lowvram(*dry, *flags).stdout)
+
+
+@pytest.fixture(scope="session")
+def usual_count(demo: Path, media: Path) -> dict[str, int]:
+    return count(demo, media)
+
+
+@pytest.mark.parametrize(
+    ("flags", "counted"),
+    [
+        (("--no-video-sound",), "audio_tokens"),
+        (("--max-pixels", "784"), "video_tokens"),
+        (("--max-pixels", "3136"), "image_tokens"),
+        (("--start", "1"), "audio_tokens"),
+        (("--end", "1"), "audio_tokens"),
+        (("--fps", "2"), "video_tokens"),
+        (("--max-frames", "4"), "video_tokens"),
+    ],
+)
+def test_a_media_option_makes_the_prompt_shorter(
+    demo: Path, media: Path, usual_count: dict[str, int], flags: tuple[str, ...], counted: str
+):
+    assert count(demo, media, *flags)[counted] < usual_count[counted]
+
+
+def test_a_system_prompt_takes_the_place_of_the_references(demo: Path):
+    dry = ("run", "-p", "hello", "--model", demo, "--dry-run", "--json")
+    usual, short = (json.loads(lowvram(*dry, *more).stdout) for more in ((), ("--system", "x")))
+    assert short["prompt_tokens"] < usual["prompt_tokens"] - 50
+
+
+# The other commands
+
+
+def test_plan_is_run_with_plan_and_reads_back(demo: Path):
+    asked = ("picture.bin", "--model", demo, "--vram", "1GiB", "--json")
+    planned = lowvram("plan", *asked)
+    assert planned.stdout == lowvram("run", "--plan", *asked).stdout
+    assert Plan.from_json(json.loads(planned.stdout)).budget_bytes == 2**30
+
+
+def test_a_plan_is_for_the_turn_that_was_asked_for(demo: Path):
+    asked = ("plan", "-p", "hello", "--model", demo, "--json")
+    limits = ("--max-tokens", "7", "--max-codes", "9", "--prefill-chunk", "16")
+    spoken, silent = (json.loads(lowvram(*asked, *limits, *more).stdout) for more in ((), ("--no-speech",)))
+    assert (spoken["text_tokens"], spoken["codes"], spoken["prefill_chunk_tokens"]) == (7, 9, 16)
+    assert silent["codes"] == 0
+
+
+def test_a_plan_for_people_is_a_table(demo: Path):
+    assert lowvram("plan", "-p", "hello", "--model", demo).stdout.startswith("phase")
+
+
+def test_doctor_names_versions_devices_and_the_kernel():
+    report = json.loads(lowvram("doctor", "--json").stdout)
+    assert report["lowvram"] == __version__ and {"torch", "transformers", "av"} <= set(report["packages"])
+    assert report["devices"][0]["name"] == "cpu" and report["devices"][0]["kernel"]
+    text = lowvram("doctor").stdout
+    assert report["packages"]["torch"] in text and report["devices"][0]["kernel"] in text
+
+
+def test_demo_model_writes_the_checkpoint_that_the_demo_builder_does(demo: Path, folder: Path):
+    assert lowvram("demo-model", "new", "--tiny").exit_code == 0
+    assert {file.name: file.read_bytes() for file in (folder / "new").iterdir()} == {
+        file.name: file.read_bytes() for file in demo.iterdir()
+    }
+
+
+def test_demo_model_leaves_a_folder_with_something_in_it_alone(folder: Path):
+    done = lowvram("demo-model", folder, "--tiny")
+    assert (done.exit_code, str(folder) in done.stderr) == (2, True)
+    assert not (folder / "config.json").exists()
+
+
+def test_help_version_and_a_missing_file_load_no_model_library():
+    code = """
+import sys
+from lowvram.cli import app
+for command in ("--help", "run --help", "--version", "run missing.mp4"):
+    try:
+        app(command.split())
+    except SystemExit:
+        print(command, sorted({"torch", "transformers", "huggingface_hub"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.stdout.count(" []\n") == 4, done
+
+
+# Errors
+
+
+BAD_INPUT = {
+    "no question": ((), 2, "lowvram run clip.mp4"),
+    "missing file": (("missing.mp4",), 5, "missing.mp4"),
+    "a folder": ((".",), 5, "folder"),
+    "not a medium": (("text.bin",), 5, "text.bin"),
+    "zero bytes": (("empty.bin",), 5, "0 bytes"),
+    "nothing left in the pipe": (("-", "-"), 5, "stdin"),
+    "mp4 without its index": (("truncated.bin",), 5, "truncated.bin"),
+    "video of 0 frames": (("frameless.bin",), 5, "frameless.bin"),
+    "20,000-pixel picture": (("huge.bin",), 5, "huge.bin"),
+    "address that refuses": (("http://127.0.0.1:9/clip.mp4",), 5, "127.0.0.1:9"),
+    "broken data URL": (("data:image/png;base64,!",), 5, "base64"),
+    "no output folder": (("-p", "x", "-o", "nowhere/reply.wav"), 2, "nowhere"),
+    "output is a folder": (("-p", "x", "-o", "."), 2, "."),
+    "no space for the output": (("-p", "x", "-o", "/dev/full"), 1, "No space left"),
+    "no such folder of a model": (("-p", "x", "--model", "./none"), 3, "none"),
+    "no such model": (("-p", "x", "--model", "no such/model"), 3, "no such/model"),
+    "unknown voice": (("-p", "x", "--voice", "Bob"), 2, "Chelsie"),
+    "unknown device": (("-p", "x", "--device", "tpu"), 2, "tpu"),
+    "unknown dtype": (("-p", "x", "--dtype", "int3"), 2, "int3"),
+    "unknown kernel": (("-p", "x", "--kernel", "warp"), 6, "warp"),
+    "unknown solver": (("-p", "x", "--solver", "magic"), 2, "euler"),
+    "no number": (("-p", "x", "--max-tokens", "many"), 2, "--max-tokens"),
+    "no size": (("-p", "x", "--vram", "8 apples"), 2, "8GiB"),
+    "budget too small": (("-p", "x", "--vram", "100KiB"), 4, "smallest budget"),
+    "plan too small": (("-p", "x", "--vram", "100KiB", "--plan"), 4, "smallest budget"),
+    "prompt too long": (("-p", "x", "--max-prompt-tokens", "3"), 2, "3"),
+    "end before start": (("video.bin", "--start", "5", "--end", "1"), 2, "start"),
+    "start after the end": (("video.bin", "--start", "99"), 5, "video.bin"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "exit_code", "says"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_ends_with_its_exit_code_and_one_sentence(
+    demo: Path, arguments: tuple[str, ...], exit_code: int, says: str
+):
+    done = lowvram("run", "--model", demo, *BRIEF, "--quiet", *arguments)
+    assert done.exit_code == exit_code, done.stderr
+    assert says in done.stderr and "Traceback" not in done.stderr
+    if says != "--max-tokens":
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--no-speech", "-o", "reply.wav"),
+        ("--no-speech", "--voice", "Ethan"),
+        ("--json", "--ndjson"),
+        ("--json", "-o", "-"),
+        ("--ndjson", "-o", "-"),
+        ("--dry-run", "--plan"),
+        ("--ndjson", "--dry-run"),
+        ("--ndjson", "--plan"),
+    ],
+    ids=" ".join,
+)
+def test_contradictions_are_refused(flags: tuple[str, ...]):
+    done = lowvram("run", "-p", "hello", *flags)
+    assert (done.exit_code, "contradict" in done.stderr, done.stdout) == (2, True, "")
+
+
+def test_verbose_adds_where_an_error_came_from():
+    done = lowvram("run", "missing.mp4", "--verbose")
+    assert done.exit_code == 5 and "Traceback" in done.stderr and "\nerror: " in done.stderr
+
+
+def test_a_place_for_speech_is_refused_before_the_model_is_looked_for():
+    assert lowvram("run", "-p", "x", "--model", "./none", "-o", "nowhere/reply.wav").exit_code == 2
+
+
+def test_a_turn_that_fails_leaves_older_speech_alone_and_makes_no_new_file(demo: Path, folder: Path):
+    (folder / "old.wav").write_bytes(b"older speech")
+    for output in ("old.wav", "new.wav"):
+        assert lowvram("run", "-p", "x", "--model", demo, "--voice", "Bob", "-o", output).exit_code == 2
+    assert (folder / "old.wav").read_bytes() == b"older speech"
+    assert not (folder / "new.wav").exists()
+
+
+def test_words_said_before_a_disk_is_full_stay_on_stdout(demo: Path):
+    done = lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "-o", "/dev/full")
+    assert done.exit_code == 1 and done.stdout.strip() and done.stdout.endswith("\n")
+
+
+# Signals and pipes
+
+
+def test_the_first_ctrl_c_keeps_what_there_is(demo: Path, folder: Path):
+    endless = ("--max-tokens", "20000", "--max-codes", "20000", "--temperature", "2", "--seed", "1", "--steps", "2")
+    command = [*PROGRAM, "run", "-p", "hello", "--model", str(demo), *endless, "--ndjson"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment(), **pipes) as running:
+        while json.loads(running.stdout.readline())["event"] != "audio":
+            pass
+        running.send_signal(signal.SIGINT)
+        out, errors = running.communicate(timeout=60)
+    answer = json.loads(out.splitlines()[-1])
+    reasons = answer["finish_reason"], answer["speech_finish_reason"]
+    assert (running.returncode, reasons) == (130, ("cancelled", "cancelled"))
+    assert answer["text"] and "Traceback" not in errors
+    assert soundfile.info(folder / "reply.wav").frames == round(answer["audio"]["seconds"] * 24_000) > 0
+
+
+def test_ctrl_c_before_an_answer_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowvram.sources.open_stored", interrupted)
+    done = lowvram("run", "video.bin")
+    assert (done.exit_code, done.stderr) == (130, "")
+
+
+def test_a_reader_that_left_ends_the_program_quietly():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*PROGRAM, "doctor"], stdout=writing, stderr=subprocess.PIPE, text=True, env=environment())
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_streams_are_utf_8_where_the_console_is_not():
+    console = environment(PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
+    done = subprocess.run([*PROGRAM, "run", "日本.mp4"], capture_output=True, env=console)
+    assert "日本.mp4" in done.stderr.decode("utf-8")
+
+
+def test_a_bar_tells_progress_to_a_terminal_until_there_are_words(monkeypatch: pytest.MonkeyPatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = Bar()
+    bar.show(Progress("prefill", 1024, 2048, "tokens"))
+    bar.show(TextDelta("word"))
+    shown = terminal.getvalue()
+    bar.show(Progress("load", 1, 2, "bytes"))
+    bar.close()
+    assert "prefill" in shown and "1024 of 2048 tokens" in shown
+    assert terminal.getvalue() == shown

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import io
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from lowvram.errors import OptionError
+from lowvram.events import AudioChunk, Event, Finished, Progress, TextDelta
+from lowvram.listeners import (
+    Listener,
+    ProgressLines,
+    SpeechFile,
+    TextReply,
+    answer_record,
+    event_record,
+    follow,
+    progress_amount,
+    speech_to,
+    used_lines,
+)
+
+RATE_HZ = 24_000
+FINISHED = Finished("ab", (1, 2), (), 7, "stop", None, 0.0, RATE_HZ, {"total": 1.5}, {"kind": "not measured"})
+
+
+def sound(seconds: float, start_s: float = 0.0) -> AudioChunk:
+    return AudioChunk(np.zeros(round(seconds * RATE_HZ), np.float32), RATE_HZ, start_s)
+
+
+class Noting(Listener):
+    def __init__(self) -> None:
+        self.seen: list[Event | str] = []
+
+    def show(self, event: Event) -> None:
+        self.seen.append(event)
+
+    def close(self) -> None:
+        self.seen.append("closed")
+
+
+# Following
+
+
+def test_every_listener_sees_every_event_in_order_and_is_closed():
+    events = [TextDelta("a"), sound(0.1), FINISHED]
+    one, two = Noting(), Noting()
+    assert follow(iter(events), (one, two), cancel=lambda: None) == (FINISHED, False)
+    assert one.seen == two.seen == [*events, "closed"]
+
+
+def test_listeners_are_closed_when_an_answer_breaks_off():
+    def events() -> Iterator[Event]:
+        yield TextDelta("a")
+        raise OptionError("broken")
+
+    listener = Noting()
+    with pytest.raises(OptionError):
+        follow(events(), [listener], cancel=lambda: None)
+    assert listener.seen == [TextDelta("a"), "closed"]
+
+
+def test_the_first_ctrl_c_cancels_and_the_answer_is_followed_to_its_end():
+    cancelled = []
+
+    def events() -> Iterator[Event]:
+        yield TextDelta("a")
+        signal.raise_signal(signal.SIGINT)
+        yield TextDelta("b")
+        yield FINISHED
+
+    listener = Noting()
+    assert follow(events(), [listener], cancel=lambda: cancelled.append(True)) == (FINISHED, True)
+    assert cancelled == [True] and TextDelta("b") in listener.seen
+
+
+def test_the_second_ctrl_c_interrupts():
+    def events() -> Iterator[Event]:
+        yield TextDelta("a")
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        yield FINISHED
+
+    with pytest.raises(KeyboardInterrupt):
+        follow(events(), [], cancel=lambda: None)
+
+
+def test_ctrl_c_before_the_first_event_interrupts():
+    def events() -> Iterator[Event]:
+        signal.raise_signal(signal.SIGINT)
+        yield FINISHED
+
+    with pytest.raises(KeyboardInterrupt):
+        follow(events(), [], cancel=lambda: None)
+
+
+def test_the_callers_signal_handler_is_back_afterwards():
+    before = signal.getsignal(signal.SIGINT)
+    follow(iter([TextDelta("a"), FINISHED]), [], cancel=lambda: None)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# Text and progress
+
+
+@pytest.mark.parametrize(("deltas", "written"), [(["a", "b"], "ab\n"), (["a\n"], "a\n"), ([], "")])
+def test_text_ends_with_one_newline(deltas: list[str], written: str):
+    out = io.StringIO()
+    reply = TextReply(out)
+    for delta in deltas:
+        reply.show(TextDelta(delta))
+    reply.close()
+    assert out.getvalue() == written
+
+
+def test_a_part_of_the_turn_gets_a_line_when_it_begins_and_one_when_it_is_done():
+    out = io.StringIO()
+    lines = ProgressLines(out)
+    for event in [*(Progress("see", done, 40, "tokens") for done in (10, 20, 30, 40)), TextDelta("a")]:
+        lines.show(event)
+    assert out.getvalue() == "see: 10 of 40 tokens\nsee: 40 of 40 tokens\n"
+
+
+def test_a_part_that_comes_again_begins_again():
+    out = io.StringIO()
+    lines = ProgressLines(out)
+    for done in (1, 2, 1, 2):
+        lines.show(Progress("load", done, 2))
+    assert out.getvalue().count("load: 1 of 2") == 2
+
+
+@pytest.mark.parametrize(
+    ("progress", "amount"),
+    [
+        (Progress("see", 120, 768, "tokens"), "120 of 768 tokens"),
+        (Progress("load", 2**30, 3 * 2**30, "bytes"), "1.00 GiB of 3.00 GiB"),
+        (Progress("download", 2**20, None, "bytes"), "1.0 MiB"),
+        (Progress("x", 0, 2), "0 of 2"),
+    ],
+)
+def test_amounts_have_units_and_a_total_where_one_is_known(progress: Progress, amount: str):
+    assert progress_amount(progress) == amount
+
+
+# Sound
+
+
+def test_a_speech_file_is_made_with_the_first_sound_and_whole_after_every_chunk(tmp_path: Path):
+    path = tmp_path / "reply.wav"
+    speech = SpeechFile(path)
+    speech.show(TextDelta("a"))
+    assert (path.exists(), speech.written_to) == (False, None)
+    for chunks in (1, 2):
+        speech.show(sound(0.5))
+        assert soundfile.info(path).frames == chunks * RATE_HZ // 2
+    speech.close()
+    assert speech.written_to == str(path)
+
+
+def test_speech_with_no_sound_in_it_is_a_valid_empty_file(tmp_path: Path):
+    speech = SpeechFile(tmp_path / "reply.wav")
+    speech.show(sound(0))
+    speech.close()
+    assert soundfile.info(tmp_path / "reply.wav").frames == 0
+
+
+def test_raw_sound_is_kept_from_a_terminal():
+    terminal = io.TextIOWrapper(io.BytesIO())
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    with pytest.raises(OptionError, match="terminal"):
+        speech_to("-", terminal)
+
+
+# Records
+
+
+def test_a_sound_is_told_by_its_place_and_length():
+    assert event_record(sound(0.5, start_s=2.0)) == {"event": "audio", "start_s": 2.0, "seconds": 0.5, "is_last": False}
+
+
+def record(**memory: object) -> dict:
+    finished = Finished("", (), (), 7, "stop", None, 0.0, RATE_HZ, {"total": 1.5}, memory)
+    return answer_record(finished, model="m", device="GPU", kernel="k", audio_path=None, peak_resident_bytes=3 * 2**30)
+
+
+def test_a_measured_peak_is_told_with_its_phase_and_how_it_was_counted():
+    told = used_lines(record(kind="device allocator", peak_bytes={"think": 2**30, "sound": 2**20}))[1]
+    assert "1.00 GiB in phase think (device allocator)" in told and "resident" not in told
+
+
+def test_without_a_measured_peak_the_process_is_told_as_what_it_is():
+    told = used_lines(record(kind="not measured", peak_bytes={}))[1]
+    assert "3.00 GiB (process resident set)" in told
