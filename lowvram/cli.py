@@ -370,7 +370,7 @@ def _messages(
 def _part(source: str, limits: Limits, stack: ExitStack) -> dict[str, Any]:
     """A medium as a message part. A pipe or a download is read once, here, and kept until `stack` is left."""
     from .media import open_medium
-    from .sources import open_stored
+    from .media.sources import open_stored
 
     stored = stack.enter_context(open_stored(source, limits))
     reader = stored.reader()

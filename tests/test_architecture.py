@@ -20,7 +20,7 @@ STAGES = ("encoders", "thinker", "talker", "token2wav.stream")
 SUBPACKAGES = ("offload", "quant", "token2wav")
 LIGHT = ("errors", "options", "events", "checkpoint", "offload.budget", "offload.footprint", "offload.plan",
          "quant.scheme", "token2wav.windows", "token2wav.ode", "cli")  # fmt: skip
-LIBRARY_ROOMS = ("model", "preprocess", "kv_cache", "attention", "demo.weights")
+LIBRARY_ROOMS = ("model", "preprocess.prompt", "kv_cache", "attention", "demo.weights")
 CUDA_ROOMS = ("offload.transfer", "offload.meter", "device")
 
 

@@ -397,7 +397,7 @@ def test_ctrl_c_before_an_answer_ends_without_a_traceback(monkeypatch: pytest.Mo
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowvram.sources.open_stored", interrupted)
+    monkeypatch.setattr("lowvram.media.sources.open_stored", interrupted)
     done = lowvram("run", "video.bin")
     assert (done.exit_code, done.stderr) == (130, "")
 

@@ -21,9 +21,22 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Tokenizer, WhisperFeatureExtractor
 
+from ..errors import CheckpointError, LowVRAMError, MediaError, OptionError
+from ..flow import AudioInput, ModelInputs, VisualInput
+from ..media import (
+    SOUND_RATE_HZ,
+    Kind,
+    Medium,
+    Slides,
+    Video,
+    measure_sound,
+    open_medium,
+    open_video,
+    read_image,
+    read_sound,
+)
+from ..options import Limits, MediaParams
 from .chat import ChatTokenizer
-from .errors import CheckpointError, LowVRAMError, MediaError, OptionError
-from .flow import AudioInput, ModelInputs, VisualInput
 from .frames import (
     VisionRecipe,
     count_frames,
@@ -47,21 +60,8 @@ from .layout import (
     VideoSegment,
     lay_out,
 )
-from .media import (
-    SOUND_RATE_HZ,
-    Kind,
-    Medium,
-    Slides,
-    Video,
-    measure_sound,
-    open_medium,
-    open_video,
-    read_image,
-    read_sound,
-)
 from .mel import MelRecipe, audio_tokens, log_mel
 from .messages import MediaPart, read_messages
-from .options import Limits, MediaParams
 
 READABLE_AS: Mapping[str, tuple[str, ...]] = {"image": ("image",), "audio": ("audio", "video"), "video": ("video",)}
 """What a medium may be for each kind of part: the sound of a video is sound, too."""

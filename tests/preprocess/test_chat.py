@@ -7,11 +7,11 @@ import pytest
 from small_omni import AUDIO, AUDIO_END, AUDIO_START, IMAGE, START, STOP, TEMPLATE, VIDEO, write_small_omni
 from transformers import Qwen2Tokenizer
 
-from lowvram.chat import ChatTokenizer
 from lowvram.errors import CheckpointError
-from lowvram.layout import MediaTokens
-from lowvram.messages import read_messages
 from lowvram.options import DEFAULT_SYSTEM_PROMPT, MediaParams
+from lowvram.preprocess.chat import ChatTokenizer
+from lowvram.preprocess.layout import MediaTokens
+from lowvram.preprocess.messages import read_messages
 
 TOKENS = MediaTokens(IMAGE, AUDIO, VIDEO, AUDIO_START, AUDIO_END)
 SPECIAL_IDS = {START, STOP, IMAGE, AUDIO, VIDEO}

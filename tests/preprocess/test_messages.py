@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from lowvram.errors import MediaError, OptionError
-from lowvram.messages import MediaPart, Message, TextPart, read_messages
 from lowvram.options import DEFAULT_SYSTEM_PROMPT, MediaParams
+from lowvram.preprocess.messages import MediaPart, Message, TextPart, read_messages
 
 DEFAULT = MediaParams()
 

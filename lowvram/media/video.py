@@ -20,9 +20,9 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 from PIL import Image
 
+from ..errors import MediaError
+from ..options import Limits
 from .containers import check_decoder, decode, find_track, open_container, packets
-from .errors import MediaError
-from .options import Limits
 from .pictures import check_pixels, to_rgb
 from .sources import Stored
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from lowvram.errors import MediaError
+from lowvram.media.sources import open_stored, source_name
 from lowvram.options import Limits
-from lowvram.sources import open_stored, source_name
 
 CONTENT = bytes(range(256)) * 40
 HASTY = Limits(network_timeout_s=0.3, max_media_bytes=20_000)

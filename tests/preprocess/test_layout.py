@@ -12,7 +12,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 )
 from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
 
-from lowvram.layout import (
+from lowvram.preprocess.layout import (
     AudioSegment,
     Clock,
     ImageSegment,

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from lowvram.errors import MediaError
+from lowvram.media.pictures import durations_ms, is_animated, open_picture, to_rgb
+from lowvram.media.sources import open_stored
 from lowvram.options import Limits
-from lowvram.pictures import durations_ms, is_animated, open_picture, to_rgb
-from lowvram.sources import open_stored
 
 LIMITS = Limits()
 RED, WHITE = [255, 0, 0], [255, 255, 255]

@@ -8,10 +8,10 @@ import av
 import pytest
 from media_files import numbered_frame, sine, write_sound, write_video
 
-from lowvram.containers import check_decoder, decode, find_track, open_container
 from lowvram.errors import MediaError
+from lowvram.media.containers import check_decoder, decode, find_track, open_container
+from lowvram.media.sources import open_stored
 from lowvram.options import Limits
-from lowvram.sources import open_stored
 
 LIMITS = Limits()
 

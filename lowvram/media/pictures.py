@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 import numpy as np
 from PIL import Image, ImageOps
 
-from .errors import MediaError
-from .options import Limits
+from ..errors import MediaError
+from ..options import Limits
 from .sources import Stored
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")

@@ -9,7 +9,8 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from lowvram.errors import MediaError, OptionError
-from lowvram.frames import (
+from lowvram.options import MediaParams
+from lowvram.preprocess.frames import (
     VisionRecipe,
     count_frames,
     every_frame,
@@ -22,7 +23,6 @@ from lowvram.frames import (
     resize_frame,
     resize_image,
 )
-from lowvram.options import MediaParams
 
 RECIPE = VisionRecipe(
     patch_size=14,

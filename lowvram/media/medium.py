@@ -16,9 +16,9 @@ from typing import Literal, cast
 import numpy as np
 from PIL import Image
 
+from ..errors import MediaError, OptionError
+from ..options import Limits
 from .containers import check_decoder, decode, find_track, open_container
-from .errors import MediaError, OptionError
-from .options import Limits
 from .pictures import check_pixels, durations_ms, is_animated, open_picture, to_rgb
 from .sound import SOUND_RATE_HZ, cut, mono_blocks, resample, resampled_length
 from .sources import Picture, Source, Stored, open_stored, source_name

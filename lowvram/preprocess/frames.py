@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .errors import MediaError, OptionError
-from .options import MediaParams
+from ..errors import MediaError, OptionError
+from ..options import MediaParams
 
 FRAMES_STEP = 2
 """Frames are counted in pairs, one temporal patch each."""

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .layout import MediaTokens
 from .messages import MediaPart, Message, TextPart
 
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer
 
-    from .media import Kind
+    from ..media import Kind
 
 
 class ChatTokenizer:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from media_files import sine
 
-from lowvram.sound import cut, mono_blocks, resample, resampled_length, to_mono
+from lowvram.media.sound import cut, mono_blocks, resample, resampled_length, to_mono
 
 RATE_HZ = 1000
 """One sample is one millisecond."""

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-from .errors import MediaError, OptionError
-from .options import DEFAULT_SYSTEM_PROMPT, MediaParams
+from ..errors import MediaError, OptionError
+from ..options import DEFAULT_SYSTEM_PROMPT, MediaParams
 
 if TYPE_CHECKING:
-    from .media import Kind
-    from .sources import Source
+    from ..media import Kind
+    from ..media.sources import Source
 
 ROLES = ("system", "user", "assistant")
 KIND_OF_TYPE: Mapping[str, Kind] = {

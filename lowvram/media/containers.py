@@ -17,7 +17,7 @@ from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
-from .errors import MediaError
+from ..errors import MediaError
 from .sources import Stored
 
 FORMATS = "mov,matroska,avi,flv,asf,mpegts,mpeg,mpegvideo,ogg,wav,w64,aiff,au,caf,mp3,flac,aac,ac3,eac3,amr"

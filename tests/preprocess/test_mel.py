@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from lowvram.mel import MelRecipe, audio_tokens, log_mel
+from lowvram.preprocess.mel import MelRecipe, audio_tokens, log_mel
 
 TOLERANCE = 2e-6
 """One float32 rounding of values near 1; the matrix product adds in another order for other widths."""

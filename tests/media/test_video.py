@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from media_files import number_in, numbered_frame, sine, write_video
 
 from lowvram.errors import MediaError
+from lowvram.media.sources import open_stored
+from lowvram.media.video import SEEK_OVER_FRAMES, Timeline, Video, open_clip, upright
 from lowvram.options import Limits
-from lowvram.sources import open_stored
-from lowvram.video import SEEK_OVER_FRAMES, Timeline, Video, open_clip, upright
 
 LIMITS = Limits()
 REORDERED = {"bf": "3", "g": "20", "b_strategy": "0"}
@@ -81,7 +81,7 @@ def test_a_seek_saves_decoding(long_clip: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_seek_that_lands_elsewhere_falls_back_to_the_beginning(long_clip: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lowvram.video._seek", lambda *_: None)
+    monkeypatch.setattr("lowvram.media.video._seek", lambda *_: None)
     assert numbers(long_clip, [10, 100, 250, 251]) == [10, 100, 250, 251]
 
 

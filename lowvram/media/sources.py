@@ -29,8 +29,8 @@ from urllib.parse import quote, unquote_to_bytes, urlsplit
 import numpy as np
 from PIL import Image
 
-from .errors import MediaError
-from .options import Limits
+from ..errors import MediaError
+from ..options import Limits
 
 Picture = str | Path | bytes | np.ndarray | Image.Image
 """One still picture, however it is held."""
