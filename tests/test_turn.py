@@ -14,6 +14,7 @@ from lowvram.events import AudioChunk, Event, Finished, Progress, TextDelta
 from lowvram.offload.plan import Phase, Placement, Plan
 from lowvram.options import TALKER_SAMPLING, MediaParams, SamplingParams, SpeechParams
 from lowvram.runtime import OmniRuntime
+from lowvram.sampling import Sampler
 from lowvram.turn import Request, Turn
 
 STAGES = ("audio_tower", "visual", "thinker", "talker", "token2wav")
@@ -184,6 +185,24 @@ def test_only_the_last_position_has_logits(omni: OmniRuntime):
     hidden = omni._machine.model.embed_tokens.width
     assert set(rows) == {(1, hidden)}
     assert len(rows) >= len(said.text_ids)
+
+
+def test_penalties_have_seen_what_the_references_have(omni: OmniRuntime, monkeypatch: pytest.MonkeyPatch):
+    """The thinker's counts the prompt; the talker's counts mask, pad and start, and never draws start."""
+    made = []
+
+    def spying(*args: Any, **options: Any) -> Sampler:
+        made.append(options)
+        return Sampler(*args, **options)
+
+    monkeypatch.setattr("lowvram.turn.Sampler", spying)
+    list(run(omni, plan_of([STAGES])))
+    talker, thinker = made  # the end of the pipe starts first, and pulls
+    ids = omni._machine.model.speech.codec_ids
+    with omni.preprocessor.open(MESSAGES, MEDIA) as prompt:
+        assert torch.equal(thinker["seen"], prompt.inputs.input_ids)
+    assert set(talker["seen"].tolist()) == {ids.mask, ids.pad, ids.start}
+    assert talker["suppressed"] == [ids.start]
 
 
 @pytest.mark.parametrize("after", [0, 1, 4, 9, 14])
