@@ -33,19 +33,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
     if past == 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    if q.device.type == "cpu":
-        return _past_and_chunk(q, k, v, past, scale)
-    # Off the CPU torch picks a flash kernel with bottom-right causality for this bias, and builds no mask.
-    bias = causal_lower_right(n, past + n)
+    return (past_and_chunk if q.device.type == "cpu" else lower_right)(q, k, v, scale)
+
+
+def lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention of a later chunk: torch picks a flash kernel with bottom-right causality, and builds no mask."""
+    bias = causal_lower_right(q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
 
 
-def _past_and_chunk(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float | None) -> Tensor:
-    """Flash attention on the past and on the chunk, merged by the log-sum-exp of their scores.
+def past_and_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """The same on a CPU: flash attention on the past and on the chunk, merged by the log-sum-exp of their scores.
 
-    On the CPU torch would turn `causal_lower_right` into a dense mask; its flash operator returns what a merge needs:
+    There torch would turn `causal_lower_right` into a dense mask; its flash operator returns what a merge needs:
     softmax over a union of key sets is the average of the parts, weighted by exp(lse_part - lse_union).
     """
+    past = k.shape[2] - q.shape[2]
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     seen, lse_seen = flash(q, k[:, :, :past], v[:, :, :past], 0.0, False, scale=scale)
     own, lse_own = flash(q, k[:, :, past:], v[:, :, past:], 0.0, True, scale=scale)

@@ -20,10 +20,12 @@ import torch
 
 from .detokenize import TextStream
 from .encoders import AudioTower, VisionTower, embed_prompt, encode_audios, encode_visuals
+from .errors import BudgetExceededError
 from .events import AudioChunk, Event, Finished, FinishReason, Progress, TextDelta
 from .flow import ModelInputs, ThinkerStep
 from .kv_cache import KVCache
 from .model import OmniModel
+from .offload.budget import format_bytes
 from .offload.meter import Meter
 from .offload.plan import Phase, Plan
 from .offload.residency import Residency
@@ -96,18 +98,33 @@ class Turn:
         self._codes: Iterator[int] = iter(())
 
     def run(self) -> Iterator[Event]:
-        """Carry out the plan, phase by phase, and end with `Finished`."""
+        """Carry out the plan, phase by phase, and end with `Finished`.
+
+        Raises BudgetExceededError where the device has less room than the plan counted on.
+        """
         try:
             for phase in self.request.plan.phases:
-                with self.machine.meter.phase(phase.name):
-                    yield from self._onload(phase)
-                    yield from self._encode(phase)
-                    yield from self._answer(phase)
+                yield from self._phase(phase)
                 if self.cancelled():
                     break
             yield self._finished()
         finally:
             self.machine.residency.leave()
+
+    def _phase(self, phase: Phase) -> Iterator[Event]:
+        try:
+            with self.machine.meter.phase(phase.name):
+                yield from self._onload(phase)
+                yield from self._encode(phase)
+                yield from self._answer(phase)
+        except torch.OutOfMemoryError as error:
+            raise BudgetExceededError(
+                f'phase "{phase.name}" was planned to need {format_bytes(phase.peak_bytes)}, but the device ran out',
+                phase=phase.name,
+                needed_bytes=phase.peak_bytes,
+                profile=dict(self.machine.meter.peaks),
+                hint="another program may have taken the room: name a smaller budget, or close it",
+            ) from error
 
     def _onload(self, phase: Phase) -> Iterator[Event]:
         with self._timed("load"):

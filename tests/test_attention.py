@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from transformers import AttentionInterface
 
 from lowvram import attention
-from lowvram.attention import attend, masked_attention
+from lowvram.attention import attend, lower_right, masked_attention, past_and_chunk
 
 
 def heads(
@@ -29,6 +31,13 @@ def test_precision_of_the_merge_is_that_of_the_dtype(dtype: torch.dtype, toleran
     q, k, v = heads(33, 100, dtype)
     exact = masked_attention(q.double(), k.double(), v.double(), causal=True)
     assert (attend(q, k, v, causal=True).double() - exact).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("later_chunk", [lower_right, past_and_chunk])
+@pytest.mark.parametrize(("n", "past"), [(2, 1), (5, 3), (64, 200), (200, 64)])
+def test_both_ways_to_read_a_later_chunk_are_exact(later_chunk: Callable, n: int, past: int):
+    q, k, v = heads(n, past + n)
+    torch.testing.assert_close(later_chunk(q, k, v), masked_attention(q, k, v, causal=True))
 
 
 def test_scale_is_applied():

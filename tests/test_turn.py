@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowvram.errors import BudgetExceededError
 from lowvram.events import AudioChunk, Event, Finished, Progress, TextDelta
 from lowvram.offload.plan import Phase, Placement, Plan
 from lowvram.options import TALKER_SAMPLING, MediaParams, SamplingParams, SpeechParams
@@ -217,6 +218,20 @@ def test_closing_the_iterator_frees_the_device(omni: OmniRuntime):
     events = run(omni, plan_of([STAGES]))
     next(event for event in events if isinstance(event, TextDelta))
     events.close()
+    assert omni._machine.residency.live_bytes == 0
+
+
+def test_a_device_that_runs_out_is_a_budget_error_and_leaves_nothing_behind(
+    omni: OmniRuntime, monkeypatch: pytest.MonkeyPatch
+):
+    def out_of_memory(_run: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("a game took it")
+
+    (bigvgan,) = omni._machine.model.components["bigvgan"]
+    monkeypatch.setattr(bigvgan, "fill", out_of_memory)
+    with pytest.raises(BudgetExceededError, match='phase "talker\\+token2wav" was planned to need') as refused:
+        list(run(omni, plan_of([STAGES[:3], STAGES[3:]])))
+    assert refused.value.phase == "talker+token2wav"
     assert omni._machine.residency.live_bytes == 0
 
 
