@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -99,14 +100,14 @@ class OmniRuntime:
         checkpoint = open_checkpoint(_demo_or(model), revision=revision, on_progress=on_download)
         compute = choose_dtype(dtype, opened.torch, _stored_dtype(checkpoint))
         backend = choose_backend(opened.torch, compute, kernel)
-        reader = TensorReader()
-        try:
+        with ExitStack() as opening:
+            reader = opening.enter_context(TensorReader())
             built = build_model(checkpoint, reader, device=opened.torch, dtype=compute, backend=backend)
             preprocessor = Preprocessor(checkpoint.folder, checkpoint.config)
             voices = _read_voices(checkpoint) if built.speech else {}
-        except BaseException:
-            reader.close()
-            raise
+            footprint = read_footprint(checkpoint.tensors, checkpoint.config, width_bytes=compute.itemsize)
+            budget = _granted(asked, opened)
+            opening.pop_all()  # all is well: the reader stays open until `close`
         machine = Machine(
             model=built,
             residency=Residency(built.components, opened.torch),
@@ -115,8 +116,6 @@ class OmniRuntime:
             stop_ids=_stop_ids(checkpoint, preprocessor),
             detokenize=preprocessor.detokenize,
         )
-        footprint = read_footprint(checkpoint.tensors, checkpoint.config, width_bytes=compute.itemsize)
-        budget = _granted(asked, opened)
         return cls(
             checkpoint, reader, built, machine, voices, preprocessor, footprint, budget, limits or Limits(), opened
         )

@@ -214,7 +214,7 @@ def _row_gains(name: str, size: DemoSize) -> np.ndarray | None:
         gains = np.full(size.vocab_size, QUIET, dtype=np.float32)
         vocabulary, _ = bpe(size.first_special_id)
         gains[[vocabulary[token] for token in spoken_tokens()]] = 1.0
-        gains[size.first_special_id + IM_END] = 1.3
+        gains[size.first_special_id + IM_END] = 1.15
         return gains
     if name == "talker.codec_head.weight":
         gains = np.full(size.codes + CODEC_IDS, QUIET, dtype=np.float32)

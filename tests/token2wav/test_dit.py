@@ -137,6 +137,14 @@ def test_state_does_not_grow() -> None:
     assert len(set(held)) == 1
 
 
+def test_speech_may_be_longer_than_the_reference_can_decode() -> None:
+    """The reference refuses more than 16,384 codes (32,768 frames, 5.5 minutes)."""
+    codes = some_codes(16_500)
+    stream = stream_of(small_dit(torch.float32), times=(0.0, 1.0), guidance=0.0)
+    frames = sum(stream.push(codes[start : start + 1500]).shape[-1] for start in range(0, len(codes), 1500))
+    assert frames + stream.finish().shape[-1] == 2 * len(codes)
+
+
 def test_the_noise_is_torchs_whatever_the_arrivals() -> None:
     dit = copy.deepcopy(small_dit(torch.float32))
     torch.nn.init.zeros_(dit.proj_out.weight)
