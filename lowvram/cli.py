@@ -417,7 +417,7 @@ def _answer(
         finished,
         model=model,
         device=runtime.device.title,
-        kernel=runtime._model.kernel,
+        kernel=runtime.kernel,
         audio_path=speech.written_to,
         peak_resident_bytes=process_bytes().peak_resident_bytes,
     )

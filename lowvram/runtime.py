@@ -130,6 +130,11 @@ class OmniRuntime:
         """Names of the voices that the checkpoint offers; empty if it does not speak."""
         return tuple(self._voices)
 
+    @property
+    def kernel(self) -> str:
+        """The code that multiplies by the thinker's weights: a 4-bit backend, or plain torch."""
+        return self._model.kernel
+
     def measure(self, messages: Messages, *, media: MediaParams | None = None) -> PromptShape:
         """Count a prompt's tokens from its media's containers, without decoding them."""
         return self.preprocessor.measure(messages, media or MediaParams(), self.limits)

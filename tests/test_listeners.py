@@ -46,6 +46,14 @@ class Noting(Listener):
 # Following
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Python's own Ctrl-C, which a test run in the background of a script would lack."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_every_listener_sees_every_event_in_order_and_is_closed():
     events = [TextDelta("a"), sound(0.1), FINISHED]
     one, two = Noting(), Noting()
