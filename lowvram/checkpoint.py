@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-Omni-7B-AWQ"
+DEMO = "demo"
+"""The name of the built-in checkpoint."""
+
 MODEL_TYPE = "qwen2_5_omni"
 INDEX_FILE = "model.safetensors.index.json"
 

@@ -14,15 +14,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
+from .checkpoint import DEMO
 from .errors import OptionError
 from .events import AudioChunk, Event, Finished, Progress, TextDelta
 from .offload.budget import format_bytes
 
 if TYPE_CHECKING:
     from .token2wav.wav import WavWriter
-
-DEMO = "demo"
-"""The name of the built-in checkpoint."""
 
 
 class Listener:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .checkpoint import DEFAULT_MODEL, Checkpoint, TensorReader, load_speakers, open_checkpoint
+from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, load_speakers, open_checkpoint
 from .device import Device, choose_dtype, open_device
 from .errors import BudgetError, LowVRAMError, OptionError
 from .events import Event
@@ -35,9 +35,6 @@ from .token2wav.windows import chunk_codes
 from .turn import Machine, Request, Turn, Voice
 
 Messages = Sequence[Mapping[str, Any]]
-DEMO = "demo"
-"""The built-in checkpoint's name."""
-
 DEFAULT_SPEECH = SpeechParams()
 """Speak, with the checkpoint's first voice."""
 
@@ -161,7 +158,7 @@ class OmniRuntime:
         sampling: SamplingParams | None = None,
         speech: SpeechParams | None = DEFAULT_SPEECH,
         media: MediaParams | None = None,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Answer a conversation: yields Progress, TextDelta, AudioChunk as they happen and one Finished at the end.
 
         `messages` follow the chat format of transformers and OpenAI. `speech` None answers in text alone. Closing the
@@ -198,7 +195,7 @@ class OmniRuntime:
         speech: SpeechParams,
         voice: Voice | None,
         media: MediaParams | None,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         if not self._answering.acquire(blocking=False):
             raise LowVRAMError(
                 "this runtime is already making 1 answer", hint="finish or close its iterator, or open a second runtime"
