@@ -35,7 +35,9 @@ from .listeners import (
     follow,
     progress_amount,
     speech_to,
+    unused_path,
     used_lines,
+    write_text,
 )
 from .options import SOLVERS, TALKER_SAMPLING, Limits, MediaParams, SamplingParams, Solver, SpeechParams
 
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from .runtime import OmniRuntime
 
 DEFAULT_OUTPUT = "reply.wav"
+"""Where speech goes unless told otherwise; an older one stays, and this one becomes reply-2.wav."""
+
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 """What a shell reports for a program that SIGINT or SIGPIPE ended."""
@@ -80,7 +84,11 @@ Seed = Annotated[int | None, _flag("--seed", panel=_ASK, help="Repeat an answer:
 Output = Annotated[
     str | None,
     _flag(
-        "-o", "--output", panel=_SAY, show_default=DEFAULT_OUTPUT, help="WAV file; - is raw s16le at 24 kHz on stdout."
+        "-o",
+        "--output",
+        panel=_SAY,
+        show_default=f"a new {DEFAULT_OUTPUT}",
+        help="WAV file; - is raw s16le at 24 kHz on stdout.",
     ),
 ]
 NoSpeech = Annotated[bool, _flag("--no-speech", panel=_SAY, help="Answer in text alone.")]
@@ -149,7 +157,8 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"lowvram {__version__}")
+        with _exit_codes():
+            write_text(f"lowvram {__version__}", sys.stdout)
         raise typer.Exit
 
 
@@ -219,16 +228,16 @@ def run(
         limits = Limits(prefill_chunk_tokens=prefill_chunk, max_prompt_tokens=max_prompt_tokens)
         pictures = MediaParams(
             fps=fps,
-            max_frames=max_frames,
             start_s=start,
             end_s=end,
             video_sound=not no_video_sound,
+            **_frame_bounds(max_frames),
             **_pixel_bounds(max_pixels),
         )
         sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         talking = SpeechParams(
             voice=voice,
-            sampling=replace(TALKER_SAMPLING, max_tokens=max_codes, temperature=speech_temperature),
+            sampling=_talker_sampling(max_codes, speech_temperature),
             steps=steps,
             guidance=guidance,
             solver=cast("Solver", solver),
@@ -236,7 +245,8 @@ def run(
         )
         spoken = None if no_speech else talking
         progress = stack.enter_context(closing(_progress(quiet)))
-        speech = speech_to(output or DEFAULT_OUTPUT, sys.stdout) if spoken and not (dry_run or plan) else Speech()
+        _refuse_to_overwrite(media or [], output)
+        speech = _speech(output) if spoken and not (dry_run or plan) else Speech()
         messages = _messages(media or [], prompt, system, limits, stack)
         if not verbose:
             _hush()
@@ -247,13 +257,13 @@ def run(
             _print_shape(runtime.measure(messages, media=pictures), as_json)
         elif plan:
             planned = runtime.plan(messages, sampling=sampling, speech=spoken, media=pictures)
-            print(json.dumps(planned.to_json()) if as_json else planned)
+            write_text(json.dumps(planned.to_json()) if as_json else str(planned), sys.stdout)
         else:
             events = runtime.generate(messages, sampling=sampling, speech=spoken, media=pictures)
             reply = (JsonReply if as_json else NdjsonReply if ndjson else TextReply)(_words_to(output))
             record, interrupted = _answer(runtime, model, events, progress, speech, reply)
             if not quiet:
-                print("\n".join(used_lines(record)), file=sys.stderr)
+                write_text("\n".join(used_lines(record)), sys.stderr)
             if interrupted:
                 raise typer.Exit(INTERRUPTED)
 
@@ -294,7 +304,7 @@ def doctor(as_json: Json = False) -> None:
 
     with _exit_codes():
         report = examine()
-        print(json.dumps(report) if as_json else "\n".join(report_lines(report)))
+        write_text(json.dumps(report) if as_json else "\n".join(report_lines(report)), sys.stdout)
 
 
 @app.command()
@@ -314,7 +324,7 @@ def demo_model(
             build_demo(folder, seed=seed, size=TINY if tiny else DemoSize())
         except OSError as error:
             raise OptionError(f"the demo checkpoint cannot be written to {folder}: {error.strerror}") from error
-        print(folder)
+        write_text(str(folder), sys.stdout)
 
 
 @contextmanager
@@ -322,7 +332,6 @@ def _exit_codes(verbose: bool = False) -> Iterator[None]:
     """End the program as its errors say: one sentence on stderr, and where it came from if that is asked for."""
     try:
         yield
-        sys.stdout.flush()
     except LowVRAMError as error:
         if verbose:
             traceback.print_exc()
@@ -331,15 +340,35 @@ def _exit_codes(verbose: bool = False) -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise typer.Exit(INTERRUPTED) from error
     except BrokenPipeError as error:
-        # Python flushes stdout once more on its way out, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(BROKEN_PIPE) from error
+    finally:
+        _drop_unwritten(sys.stdout)
+
+
+def _drop_unwritten(out: TextIO) -> None:
+    """Python flushes a stream once more on its way out, and would complain of what could not be written before."""
+    try:
+        out.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def _refuse_contradictions(given: Mapping[str, bool]) -> None:
     for one, other in CONTRADICTIONS:
         if given[one] and given[other]:
             raise OptionError(f"{one} and {other} contradict each other", hint="give one of them")
+
+
+def _frame_bounds(max_frames: int) -> dict[str, int]:
+    """Videos of at most `max_frames`; the fewest allowed ones give way to it."""
+    return {"max_frames": max_frames, "min_frames": min(max_frames, MediaParams.min_frames)}
+
+
+def _refuse_to_overwrite(sources: Sequence[str], output: str | None) -> None:
+    """An answer must not replace the question."""
+    for source in sources:
+        if output and os.path.exists(output) and os.path.exists(source) and os.path.samefile(source, output):
+            raise OptionError(f"{output} is a medium to be read, and would be written over", hint="name another -o")
 
 
 def _pixel_bounds(max_pixels: int | None) -> dict[str, int]:
@@ -352,6 +381,16 @@ def _pixel_bounds(max_pixels: int | None) -> dict[str, int]:
         "image_max_pixels": max_pixels,
         "image_min_pixels": min(max_pixels, MediaParams.image_min_pixels),
     }
+
+
+def _talker_sampling(max_codes: int, temperature: float) -> SamplingParams:
+    if max_codes < 1:
+        raise OptionError(f"max_codes is {max_codes}, but speech has at least 1 code", hint="or pass --no-speech")
+    return replace(TALKER_SAMPLING, max_tokens=max_codes, temperature=temperature)
+
+
+def _speech(output: str | None) -> Speech:
+    return speech_to(str(unused_path(Path(DEFAULT_OUTPUT))) if output is None else output, sys.stdout)
 
 
 def _messages(
@@ -422,6 +461,8 @@ def _answer(
         peak_resident_bytes=process_bytes().peak_resident_bytes,
     )
     reply.end(record)
+    if speech.failure:
+        raise speech.failure
     return record, interrupted
 
 
@@ -462,11 +503,12 @@ class Bar(Listener):
 
 def _print_shape(shape: PromptShape, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(asdict(shape)))
+        write_text(json.dumps(asdict(shape)), sys.stdout)
         return
-    print(
+    write_text(
         f"{shape.prompt_tokens} prompt tokens: {shape.text_tokens} text, {shape.image_tokens} image,"
-        f" {shape.audio_tokens} audio, {shape.video_tokens} video"
+        f" {shape.audio_tokens} audio, {shape.video_tokens} video",
+        sys.stdout,
     )
     for medium in shape.media:
-        print(f"{medium.tokens:>8}  {medium.kind}  {medium.name}")
+        write_text(f"{medium.tokens:>8}  {medium.kind}  {medium.name}", sys.stdout)

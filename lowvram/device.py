@@ -7,14 +7,21 @@ from dataclasses import dataclass
 import torch
 
 from .errors import BackendError, OptionError
-from .offload.budget import format_bytes
+from .offload.budget import MIB, format_bytes
+
+CONTEXT_BYTES = 350 * MIB
+"""A CUDA context with its loaded kernels, on an Ampere card: already taken when free memory is asked for, and part of
+a plan's reserve."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Device:
-    """An opened device, what it is called, and the memory on it that is free now (bytes)."""
+    """An opened device, what it is called, and the memory on it that is free for this process now (bytes).
+
+    On a GPU that includes the context which opening has just made: plans count it as ours.
+    """
 
     torch: torch.device
     title: str
@@ -77,6 +84,17 @@ def _cuda(device: torch.device) -> Device:
         raise BackendError(
             f"device cuda:{index} is not available: this machine has {count}", backend="cuda", hint="--device cuda:0"
         )
-    free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    opened = torch.device("cuda", index)
+    try:
+        torch.zeros(1, device=opened).add_(1).item()  # a card too old or too new for this torch is listed, but cannot
+        free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise BackendError(
+            f"device cuda:{index} is there but does not compute: {reason}",
+            backend="cuda",
+            reason=reason,
+            hint="install the build of torch for this card and driver, or --device cpu",
+        ) from error
     title = f"{torch.cuda.get_device_name(index)}, {format_bytes(total_bytes)}"
-    return Device(torch.device("cuda", index), title, free_bytes)
+    return Device(opened, title, min(free_bytes + CONTEXT_BYTES, total_bytes))

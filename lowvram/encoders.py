@@ -41,10 +41,10 @@ class AudioTower:
 
 def embed_prompt(inputs: ModelInputs, embed_tokens: HostRows) -> PromptEmbeds:
     """The prompt's rows [T, H] on the host: text in place, media rows still to be filled by the encoders."""
-    is_media = torch.zeros(len(inputs.input_ids), dtype=torch.bool)
+    is_media = torch.zeros(len(inputs.input_ids), dtype=torch.bool, device="cpu")
     for rows in (*(visual.rows for visual in inputs.visuals), *(audio.rows for audio in inputs.audios)):
         is_media[rows] = True
-    embeds = torch.zeros(len(inputs.input_ids), embed_tokens.width, dtype=embed_tokens.dtype)
+    embeds = torch.zeros(len(inputs.input_ids), embed_tokens.width, dtype=embed_tokens.dtype, device="cpu")
     embeds[~is_media] = embed_tokens(inputs.input_ids[~is_media])
     return PromptEmbeds(embeds, is_media, inputs.position_ids, inputs.next_position)
 
@@ -126,7 +126,7 @@ def _hear(mel: Tensor, tower: AudioTower) -> Tensor:
     window_frames = tower.hearing.window_frames
     with tower.rest as rest:
         windows = [_convolve(window, rest, tower.hearing.positions) for window in mel.split(window_frames, dim=1)]
-    lengths = torch.tensor([0, *(len(window) for window in windows)])
+    lengths = torch.tensor([0, *(len(window) for window in windows)], device="cpu")
     hidden, bounds = torch.cat(windows), lengths.cumsum(0)
     for block in tower.layers:
         with block as layer:

@@ -6,16 +6,17 @@ places those are, and what errors mean, is decided in `cli`.
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from itertools import chain
+from contextlib import ExitStack, contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from .checkpoint import DEMO
-from .errors import OptionError
+from .errors import LowVRAMError, OptionError
 from .events import AudioChunk, Event, Finished, Progress, TextDelta
 from .offload.budget import format_bytes
 
@@ -50,11 +51,11 @@ class TextReply(Reply):
     def show(self, event: Event) -> None:
         if isinstance(event, TextDelta):
             self._line_is_open = not event.text.endswith("\n")
-            print(event.text, end="", file=self._out, flush=True)
+            write_text(event.text, self._out, end="")
 
     def close(self) -> None:
         if self._line_is_open:
-            print(file=self._out, flush=True)
+            write_text("", self._out)
 
 
 class JsonReply(Reply):
@@ -76,9 +77,11 @@ class NdjsonReply(Reply):
 
 
 class Speech(Listener):
-    """The answer's sound; `written_to` says where it went, None while there was none."""
+    """The answer's sound. `written_to` says where it went, None while there was none; `failure` what stopped it, which
+    is for afterwards: the words of the answer go on."""
 
     written_to: str | None = None
+    failure: LowVRAMError | None = None
 
 
 class SpeechFile(Speech):
@@ -93,8 +96,14 @@ class SpeechFile(Speech):
         self._writer: WavWriter | None = None
 
     def show(self, event: Event) -> None:
-        if not isinstance(event, AudioChunk):
+        if not isinstance(event, AudioChunk) or self.failure:
             return
+        try:
+            self._write(event)
+        except LowVRAMError as error:
+            self.failure = error
+
+    def _write(self, event: AudioChunk) -> None:
         if self._writer is None:
             from .token2wav.wav import WavWriter
 
@@ -117,7 +126,8 @@ class SpeechPipe(Speech):
             from .token2wav.wav import write_pcm
 
             self.written_to = "stdout"
-            write_pcm(self._out, event.samples)
+            with _writing():
+                write_pcm(self._out, event.samples)
 
 
 class ProgressLines(Listener):
@@ -131,7 +141,7 @@ class ProgressLines(Listener):
         if not isinstance(event, Progress):
             return
         if event.done == event.total or event.stage != self._running:
-            print(f"{event.stage}: {progress_amount(event)}", file=self._out, flush=True)
+            write_text(f"{event.stage}: {progress_amount(event)}", self._out)
         self._running = "" if event.done == event.total else event.stage
 
 
@@ -177,6 +187,9 @@ def speech_to(output: str, stdout: TextIO) -> Speech:
             raise OptionError("raw sound would go to a terminal", hint="pipe it: -o - | aplay -f S16_LE -r 24000")
         return SpeechPipe(stdout.buffer)
     path = Path(output)
+    if path.suffix.lower() not in ("", ".wav"):
+        hint = f"name it {path.with_suffix('.wav').name}"
+        raise OptionError(f"{path.name} ends in {path.suffix}, but speech is written as a WAV file", hint=hint)
     if not path.parent.is_dir():
         raise OptionError(f"the folder {path.parent} for {path.name} does not exist", hint="make it, or choose another")
     is_new = not path.exists()
@@ -187,6 +200,18 @@ def speech_to(output: str, stdout: TextIO) -> Speech:
     if is_new:
         path.unlink()
     return SpeechFile(path)
+
+
+def unused_path(path: Path) -> Path:
+    """The path itself, or the first of name-2, name-3, ... at which there is nothing yet."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return next(candidate for candidate in chain([path], numbered) if not candidate.exists())
+
+
+def write_text(text: str, out: TextIO, end: str = "\n") -> None:
+    """Write to a stream at once. Raises BrokenPipeError where the reader left, on every system, else LowVRAMError."""
+    with _writing():
+        print(text, end=end, file=out, flush=True)
 
 
 def event_record(event: Progress | TextDelta | AudioChunk) -> dict[str, Any]:
@@ -262,4 +287,17 @@ def _peak(memory: Mapping[str, Any]) -> str:
 
 
 def _print_json(record: Mapping[str, Any], out: TextIO) -> None:
-    print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
+    write_text(json.dumps(record, ensure_ascii=False), out)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # Windows has EINVAL for a pipe whose reader left.
+        if error.errno in (errno.EPIPE, errno.EINVAL):
+            raise BrokenPipeError(*error.args) from error
+        raise LowVRAMError(
+            f"the output cannot be written: {error.strerror or error}", hint="make space, or send it elsewhere"
+        ) from error

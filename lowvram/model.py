@@ -7,13 +7,13 @@ rotary tables are used as they are, its loops are not.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
@@ -41,9 +41,6 @@ LM_HEAD = "thinker.lm_head.weight"
 CODEC_EMBED = "talker.model.embed_tokens.weight"
 NEVER_READ = ("thinker.audio_tower.audio_bos_eos_token.weight", EMBED_TOKENS, CODEC_EMBED)
 """Published tensors outside all blocks: one the reference never uses either, and the tables that stay in files."""
-
-_SKELETON_LOCK = threading.Lock()
-"""accelerate swaps a torch method while a skeleton is built; two of our own threads must not do so at once."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +85,17 @@ class Vision:
 
     def layout(self, grid: tuple[int, int, int]) -> VisionLayout:
         """The layout for `grid` (temporal, height, width) patches."""
-        grid_thw = torch.tensor([grid])
-        window_index, window_bounds = get_vision_window_index(
-            grid_thw, self.merge_size, self.window_size, self.patch_size
-        )
-        return VisionLayout(
-            window_index=window_index,
-            position_ids=get_vision_position_ids(grid_thw, self.merge_size),
-            frame_bounds=get_vision_cu_seqlens(grid_thw),
-            window_bounds=window_bounds,
-        )
+        with torch.device("cpu"):  # an application may have set another default
+            grid_thw = torch.tensor([grid])
+            window_index, window_bounds = get_vision_window_index(
+                grid_thw, self.merge_size, self.window_size, self.patch_size
+            )
+            return VisionLayout(
+                window_index=window_index,
+                position_ids=get_vision_position_ids(grid_thw, self.merge_size),
+                frame_bounds=get_vision_cu_seqlens(grid_thw),
+                window_bounds=window_bounds,
+            )
 
 
 @dataclass(frozen=True)
@@ -149,6 +147,14 @@ class OmniModel:
     speech: Speech | None
     dtype: torch.dtype
     kernel: str
+    transfer: Transfer
+
+    def close(self) -> None:
+        """Let go of the tables' files and of the staging buffer; blocks are the residency's to release."""
+        self.embed_tokens.close()
+        if self.speech:
+            self.speech.codec_embed.close()
+        self.transfer.release()
 
 
 def build_model(
@@ -162,7 +168,7 @@ def build_model(
     """
     attention.register()
     builder = _Builder(checkpoint, Transfer(reader, device), device, dtype, backend)
-    with _SKELETON_LOCK, init_empty_weights(include_buffers=False):
+    with torch.device("meta"):  # holds for this thread only: whatever the host application builds meanwhile is real
         model = builder.build(reader)
     _refuse_surplus(checkpoint, model)
     return model
@@ -202,21 +208,22 @@ class _Builder:
             speech=speech,
             dtype=self.dtype,
             kernel=self.backend.name if self.scheme else "torch",
+            transfer=self.transfer,
         )
 
     def _audio_tower(self, config: Any) -> tuple[tuple[WeightBlock, ...], Hearing]:
         tower = Qwen2_5OmniAudioEncoder(config)
         rest = nn.ModuleDict({name: getattr(tower, name) for name in ("conv1", "conv2", "ln_post", "proj")})
         blocks = self._blocks("audio_tower", tower.layers, "thinker.audio_tower.layers", rest, "thinker.audio_tower.")
-        positions = tower.positional_embedding.positional_embedding.to(self.device)
-        return blocks, Hearing(positions, 2 * config.n_window, self.dtype)
+        tables = _computed_tables(tower.positional_embedding, self.device)
+        return blocks, Hearing(tables.positional_embedding, 2 * config.n_window, self.dtype)
 
     def _visual(self, config: Any) -> tuple[tuple[WeightBlock, ...], Vision]:
         tower = Qwen2_5OmniVisionEncoder(config)
         rest = nn.ModuleDict({"patch_embed": tower.patch_embed, "merger": tower.merger})
         blocks = self._blocks("visual", tower.blocks, "thinker.visual.blocks", rest, "thinker.visual.")
         return blocks, Vision(
-            rotary=_buffers_to(tower.rotary_pos_emb, self.device),
+            rotary=_computed_tables(tower.rotary_pos_emb, self.device),
             merge_size=config.spatial_merge_size,
             window_size=config.window_size,
             patch_size=config.patch_size,
@@ -260,7 +267,7 @@ class _Builder:
             "bigvgan": (Qwen2_5OmniToken2WavBigVGANModel(config.bigvgan_config), "token2wav.code2wav_bigvgan_model."),
         }
         return {
-            name: (self._block(name, _buffers_to(module.eval(), self.device), prefix, torch.float32),)
+            name: (self._block(name, _computed_tables(module.eval(), self.device), prefix, torch.float32),)
             for name, (module, prefix) in parts.items()
         }
 
@@ -280,7 +287,7 @@ class _Builder:
 
     def _decoder(self, rotary: nn.Module, config: Any) -> Decoder:
         return Decoder(
-            rotary=_buffers_to(rotary, self.device),
+            rotary=_computed_tables(rotary, self.device),
             n_layers=config.num_hidden_layers,
             kv_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -313,11 +320,27 @@ def _speech(config: Any, decoder: Decoder, codec_embed: HostRows) -> Speech:
 
 def _read_config(checkpoint: Checkpoint) -> Any:
     """The library's config of a published one, old key spellings included, with our attention chosen."""
-    config: Any = Qwen2_5OmniConfig.from_dict(dict(checkpoint.config))
+    with _without_vocabulary_warnings():
+        config: Any = Qwen2_5OmniConfig.from_dict(dict(checkpoint.config))
     thinker = config.thinker_config
     for part in (thinker.text_config, thinker.vision_config, thinker.audio_config, config.talker_config):
         part._attn_implementation = attention.NAME
     return config
+
+
+@contextmanager
+def _without_vocabulary_warnings() -> Iterator[None]:
+    """The library warns, 7 times a checkpoint, that the talker's text ids lie outside its codec vocabulary. They do."""
+    log = logging.getLogger("transformers.configuration_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "within the vocabulary" not in record.getMessage()
+
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
 
 
 def _fit_quantized(
@@ -345,12 +368,26 @@ def _fit_quantized(
             layers.set_submodule(path, quantized)
 
 
-def _buffers_to(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move the tables that a constructor computed (no weights); they are small and stay on the device."""
+def _computed_tables(module: Any, device: torch.device) -> Any:
+    """`module` with the tables that constructors compute (rotary, sinusoids, filters; no weights) on `device`.
+
+    A skeleton has them on `meta`, so the small modules that own one are made again, for real, and lend theirs.
+    """
     for child in module.modules():
         for name, buffer in child._buffers.items():
-            child._buffers[name] = None if buffer is None else buffer.to(device)
+            if buffer is not None:
+                with torch.device("cpu"):
+                    child._buffers[name] = _again(child).get_buffer(name).to(device)
     return module
+
+
+def _again(owner: Any) -> nn.Module:
+    """A second module like `owner`, whose only contents are computed tables."""
+    if hasattr(owner, "config"):
+        return type(owner)(config=owner.config)
+    if hasattr(owner, "max_timescale"):
+        return type(owner)(owner.length, owner.channels, owner.max_timescale)
+    return type(owner)(owner.stride, owner.kernel_size)
 
 
 def _refuse_surplus(checkpoint: Checkpoint, model: OmniModel) -> None:

@@ -16,8 +16,21 @@ from .errors import OptionError
 Solver = Literal["euler", "rk4"]
 SOLVERS: tuple[Solver, ...] = ("euler", "rk4")
 
+MAX_GUIDANCE = 100.0
+"""Far beyond any use; where sound overflows is further still."""
+
 VISION_FACTOR = 28
 """Frame sides are multiples of patch (14) x spatial merge (2) pixels."""
+
+MIN_FPS = 0.01
+"""A frame every 100 s. Positions in time are numbered in steps of 2 / fps seconds, which nearer 0 grow past any number
+a model has learned."""
+
+MAX_TIME_S = 10**9
+"""31 years, where no medium reaches; it still has an exact number of samples."""
+
+MAX_SEED = 2**64 - 1
+"""The largest state that a random generator is started from."""
 
 DEFAULT_SYSTEM_PROMPT = (
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and"
@@ -29,6 +42,10 @@ DEFAULT_SYSTEM_PROMPT = (
 def _require(condition: bool, message: str, hint: str = "") -> None:
     if not condition:
         raise OptionError(message, hint=hint)
+
+
+def _require_seed(seed: int | None) -> None:
+    _require(seed is None or 0 <= seed <= MAX_SEED, f"seed is {seed}, but must be 0 to {MAX_SEED}")
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,7 @@ class SamplingParams:
             math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
             f"repetition_penalty is {self.repetition_penalty}, but must be a positive number (1 is off)",
         )
+        _require_seed(self.seed)
 
     @property
     def greedy(self) -> bool:
@@ -89,13 +107,15 @@ class SpeechParams:
     def __post_init__(self) -> None:
         _require(2 <= self.steps <= 1000, f"steps is {self.steps}, but the ODE grid needs 2 to 1000 time points")
         _require(
-            math.isfinite(self.guidance) and self.guidance >= 0, f"guidance is {self.guidance}, but must be 0 or more"
+            0 <= self.guidance <= MAX_GUIDANCE,
+            f"guidance is {self.guidance}, but must be 0 (off) to {MAX_GUIDANCE:g}; the reference's is 0.5",
         )
         _require(self.solver in SOLVERS, f"solver {self.solver!r} is unknown", hint=f"one of: {', '.join(SOLVERS)}")
         _require(
             0.24 <= self.chunk_s <= 60,
             f"chunk_s is {self.chunk_s} s, but a chunk is 0.24 s (one DiT block) to 60 s of sound",
         )
+        _require_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -120,24 +140,38 @@ class MediaParams:
 
     def __post_init__(self) -> None:
         _require(
-            math.isfinite(self.fps) and self.fps > 0, f"fps is {self.fps}, but must be a positive number of frames/s"
+            math.isfinite(self.fps) and self.fps >= MIN_FPS,
+            f"fps is {self.fps}, but must be at least {MIN_FPS} frames/s (a frame every {1 / MIN_FPS:.0f} s)",
         )
-        _require(self.min_frames >= 2, f"min_frames is {self.min_frames}, but frames come in pairs: at least 2")
+        for name in ("max_frames", "min_frames"):
+            _require(getattr(self, name) >= 2, f"{name} is {getattr(self, name)}, but frames come in pairs: at least 2")
         _require(
             self.max_frames >= self.min_frames,
             f"max_frames is {self.max_frames}, below min_frames {self.min_frames}",
+            hint="lower min_frames too",
         )
-        for low, high, what in (
-            (self.min_pixels, self.max_pixels, "max_pixels"),
-            (self.image_min_pixels, self.image_max_pixels, "image_max_pixels"),
-        ):
-            _require(low >= 1, f"the smallest picture is {low} pixels, but must have at least 1")
-            _require(high >= low, f"{what} is {high} pixels, below the smallest picture of {low} pixels")
-        _require(self.total_pixels >= self.min_pixels, f"total_pixels is {self.total_pixels}, below one frame")
+        for smallest, largest in (("min_pixels", "max_pixels"), ("image_min_pixels", "image_max_pixels")):
+            low, high = getattr(self, smallest), getattr(self, largest)
+            for name, pixels in ((largest, high), (smallest, low)):
+                _require(pixels >= 1, f"{name} is {pixels}, but a picture has at least 1 pixel")
+            _require(high >= low, f"{largest} is {high}, below {smallest} {low}", hint=f"lower {smallest} too")
+        _require(
+            self.total_pixels >= self.min_pixels,
+            f"total_pixels is {self.total_pixels}, below one frame of min_pixels {self.min_pixels}",
+            hint="lower min_pixels too",
+        )
+        self._check_times()
+
+    def _check_times(self) -> None:
         start_s = 0.0 if self.start_s is None else self.start_s
-        _require(start_s >= 0, f"start is {start_s} s, but media begin at 0 s")
+        _require(0 <= start_s <= MAX_TIME_S, f"start is {start_s} s, but must be 0 to {MAX_TIME_S} s")
         if self.end_s is not None:
             _require(self.end_s > start_s, f"end is {self.end_s} s, not after the start at {start_s} s")
+            _require(
+                self.end_s <= MAX_TIME_S,
+                f"end is {self.end_s} s, but must be at most {MAX_TIME_S} s",
+                hint="without an end, media are read to theirs",
+            )
 
 
 @dataclass(frozen=True)
@@ -154,7 +188,7 @@ class Limits:
     audio_chunk_windows: int = 8
     max_prompt_tokens: int | None = None
     max_media_bytes: int = 4 * 1024**3
-    max_source_pixels: int = 16_384 * 16_384
+    max_source_pixels: int = 178_956_970  # where Pillow, too, sees an attack
     network_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 
 from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, load_speakers, open_checkpoint
 from .device import Device, choose_dtype, open_device
-from .errors import BudgetError, LowVRAMError, OptionError
+from .errors import LowVRAMError, OptionError
 from .events import Event
 from .model import OmniModel, build_model
-from .offload.budget import Budget, format_bytes
+from .offload.budget import Budget
 from .offload.footprint import Footprint, read_footprint
 from .offload.meter import Meter, open_meter
 from .offload.plan import Plan, plan_memory
@@ -36,7 +36,7 @@ from .turn import Machine, Request, Turn, Voice
 
 Messages = Sequence[Mapping[str, Any]]
 DEFAULT_SPEECH = SpeechParams()
-"""Speak, with the checkpoint's first voice."""
+"""Speak if the checkpoint can, with its first voice."""
 
 
 class OmniRuntime:
@@ -89,7 +89,7 @@ class OmniRuntime:
     ) -> OmniRuntime:
         """Open a checkpoint: a hub id, a folder, or `demo`.
 
-        `vram` is the budget ("8GiB"; None takes what is free on a GPU and sets no limit on a CPU). `meter` notes
+        `vram` is the budget ("8GiB"; None takes what is free on the device, a CPU's RAM included). `meter` notes
         memory by phase; by default a GPU's allocator does. Raises CheckpointError, BackendError, OptionError.
         """
         asked = Budget.of(vram)
@@ -107,7 +107,7 @@ class OmniRuntime:
             opening.pop_all()  # all is well: the reader stays open until `close`
         machine = Machine(
             model=built,
-            residency=Residency(built.components, opened.torch),
+            residency=Residency(built.components, opened.torch, built.transfer.trim),
             device=opened.torch,
             meter=meter or open_meter(opened.torch),
             stop_ids=_stop_ids(checkpoint, preprocessor),
@@ -133,7 +133,8 @@ class OmniRuntime:
         return self._model.kernel
 
     def measure(self, messages: Messages, *, media: MediaParams | None = None) -> PromptShape:
-        """Count a prompt's tokens from its media's containers, without decoding them."""
+        """Count a prompt's tokens before it is run: exact, and no video is decoded beyond its packets' times."""
+        self._require_open()
         return self.preprocessor.measure(messages, media or MediaParams(), self.limits)
 
     def plan(
@@ -148,8 +149,10 @@ class OmniRuntime:
 
         Without messages: a short question in text. `speech` None plans a text answer.
         """
+        self._require_open()
+        voice = self._choose_voice(speech)
         shape = self.measure(messages or [{"role": "user", "content": "?"}], media=media)
-        return self._plan(shape, sampling or SamplingParams(), speech if self._voices else None)
+        return self._plan(shape, sampling or SamplingParams(), speech if voice else None)
 
     def generate(
         self,
@@ -166,7 +169,9 @@ class OmniRuntime:
         are checked here, at the call; media and budget when the first event is asked for.
         """
         self._require_open()
+        self._require_idle()
         voice = self._choose_voice(speech)
+        self._cancel = threading.Event()  # each turn its own, so that cancelling before its first event counts
         return self._generate(messages, sampling or SamplingParams(), speech or DEFAULT_SPEECH, voice, media)
 
     def cancel(self) -> None:
@@ -174,11 +179,17 @@ class OmniRuntime:
         self._cancel.set()
 
     def close(self) -> None:
-        """Free the device and close the checkpoint's files; closing twice is fine."""
-        if not self._closed:
-            self._closed = True
-            self._machine.residency.release()
-            self._reader.close()
+        """Free the device and close the checkpoint's files, from any thread; closing twice is fine.
+
+        An answer in the making is cancelled, and frees the device when it ends.
+        """
+        self._closed = True
+        self._cancel.set()
+        if self._answering.acquire(blocking=False):
+            try:
+                self._free()
+            finally:
+                self._answering.release()
 
     def __enter__(self) -> OmniRuntime:
         return self
@@ -196,19 +207,20 @@ class OmniRuntime:
         voice: Voice | None,
         media: MediaParams | None,
     ) -> Generator[Event, None, None]:
+        self._require_open()
         if not self._answering.acquire(blocking=False):
-            raise LowVRAMError(
-                "this runtime is already making 1 answer", hint="finish or close its iterator, or open a second runtime"
-            )
+            self._require_idle()
+        cancel = self._cancel
         try:
-            self._cancel.clear()
             started_s = time.perf_counter()
             with self.preprocessor.open(messages, media or MediaParams(), self.limits) as prompt:
                 plan = self._plan(prompt.shape, sampling, speech if voice else None)
                 request = Request(prompt.inputs, plan, sampling, speech, voice)
-                yield from Turn(self._machine, request, self._cancel.is_set, started_s).run()
+                yield from Turn(self._machine, request, cancel.is_set, started_s).run()
         finally:
             self._answering.release()
+            if self._closed:
+                self.close()
 
     def _plan(self, shape: PromptShape, sampling: SamplingParams, speech: SpeechParams | None) -> Plan:
         workload = Workload(
@@ -228,7 +240,7 @@ class OmniRuntime:
         return plan_memory(self._footprint, self.budget, self.limits, workload, device=self.device.torch.type)
 
     def _choose_voice(self, speech: SpeechParams | None) -> Voice | None:
-        if speech is None:
+        if speech is None or (speech is DEFAULT_SPEECH and not self._voices):
             return None
         if not self._voices:
             raise OptionError(f"{self.checkpoint.name} has no voices: it cannot speak", hint="speech=None, --no-speech")
@@ -236,6 +248,17 @@ class OmniRuntime:
         if name not in self._voices:
             raise OptionError(f"voice {name!r} is unknown", hint=f"one of: {', '.join(self._voices)}")
         return self._voices[name]
+
+    def _free(self) -> None:
+        self._machine.residency.release()
+        self._model.close()
+        self._reader.close()
+
+    def _require_idle(self) -> None:
+        if self._answering.locked():
+            raise LowVRAMError(
+                "this runtime is already making 1 answer", hint="finish or close its iterator, or open a second runtime"
+            )
 
     def _require_open(self) -> None:
         if self._closed:
@@ -277,17 +300,5 @@ def _stop_ids(checkpoint: Checkpoint, preprocessor: Preprocessor) -> frozenset[i
 
 
 def _granted(asked: Budget, device: Device) -> Budget:
-    """The budget asked for, if the device has it free; without one, all that is free on a GPU."""
-    if device.torch.type == "cpu":
-        return asked
-    if asked.vram_bytes is None:
-        return Budget(device.free_bytes)
-    if asked.vram_bytes > device.free_bytes:
-        raise BudgetError(
-            f"the budget is {format_bytes(asked.vram_bytes)}, but {format_bytes(device.free_bytes)} are free on"
-            f" {device.title}",
-            needed_bytes=asked.vram_bytes,
-            available_bytes=device.free_bytes,
-            hint="close other programs that use the card, or name a smaller budget",
-        )
-    return asked
+    """The budget asked for, but never more than is free: a plan must hold now, not on an empty machine."""
+    return Budget(min(asked.vram_bytes or device.free_bytes, device.free_bytes))

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .options import SamplingParams
 
+COLDEST = torch.finfo(torch.float32).tiny
+"""Below it a temperature would be 0 in float32, above its inverse infinite; the draw is the same already at these."""
+
 
 class Sampler:
     """Draws one token id at a time and remembers which ids the repetition penalty has seen.
@@ -64,7 +67,8 @@ class Sampler:
 
     def _warped(self, scores: Tensor) -> Tensor:
         params = self._params
-        scores = scores / params.temperature
+        # From the maximum down, so that no temperature makes an infinite score of a likely id.
+        scores = (scores - scores.max()) / min(max(params.temperature, COLDEST), 1 / COLDEST)
         if 0 < params.top_k < len(scores):
             scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
         if params.top_p < 1.0:

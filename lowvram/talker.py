@@ -69,14 +69,14 @@ def talk(
         yield code
         if index == max_codes - 1:
             return
-        row = talker.speech.codec_embed(torch.tensor([code])) + next(rows)
-        position = torch.full((3, 1), prompt.next_position + 2 + index)
+        row = talker.speech.codec_embed(torch.tensor([code], device="cpu")) + next(rows)
+        position = torch.full((3, 1), prompt.next_position + 2 + index, device="cpu")
         hidden = _forward(talker, row.to(device), position, cache)
 
 
 def seen_by_penalty(ids: CodecIds) -> Tensor:
     """Ids that the reference's repetition penalty counts from the start: its prompt is mask, then pad and start."""
-    return torch.tensor([ids.mask, ids.pad, ids.start])
+    return torch.tensor([ids.mask, ids.pad, ids.start], device="cpu")
 
 
 def _read_prompt(
@@ -91,11 +91,11 @@ def _read_prompt(
 ) -> Tensor:
     """Read prompt, beginning and first reply row; return the hidden state that draws the first code."""
     ids = talker.speech.codec_ids
-    pad, start = talker.speech.codec_embed(torch.tensor([ids.pad, ids.start]))
+    pad, start = talker.speech.codec_embed(torch.tensor([ids.pad, ids.start], device="cpu"))
     frame = torch.stack([begin + pad, first + start])
-    for rows in torch.arange(len(prompt_rows)).split(chunk_tokens):
+    for rows in torch.arange(len(prompt_rows), device="cpu").split(chunk_tokens):
         _forward(talker, prompt_rows[rows].to(device), prompt.position_ids[:, rows], cache)
-    positions = torch.arange(2).expand(3, 2) + prompt.next_position
+    positions = torch.arange(2, device="cpu").expand(3, 2) + prompt.next_position
     return _forward(talker, frame.to(device), positions, cache)
 
 

@@ -54,7 +54,7 @@ def prefill(
     `talker_rows` [T, H] on the host, if given, receives the talker's view of each prompt row: its embedding (zero for
     media, as the reference has it) plus the final hidden state.
     """
-    hidden = torch.empty(0)
+    hidden = torch.empty(0, device="cpu")
     total = len(prompt.embeds)
     for start in range(0, total, chunk_tokens):
         rows = slice(start, min(start + chunk_tokens, total))
@@ -88,8 +88,8 @@ def decode(
         if token_id in stop_ids or index == max_tokens - 1:
             yield ThinkerStep(token_id, None)
             return
-        embed = thinker.embed_tokens(torch.tensor([token_id]))
-        position = torch.full((3, 1), prefilled.next_position + index)
+        embed = thinker.embed_tokens(torch.tensor([token_id], device="cpu"))
+        position = torch.full((3, 1), prefilled.next_position + index, device="cpu")
         hidden = _forward(thinker, embed.to(hidden.device).unsqueeze(0), position, cache)[0]
         yield ThinkerStep(token_id, embed[0] + hidden[0].to(embed.device))
 

@@ -85,6 +85,7 @@ class Turn:
     _samples: int = 0
     _finish_reason: FinishReason = "cancelled"
     _speech_finish_reason: FinishReason = "cancelled"
+    _sound_is_whole: bool = False
     _timings: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,6 +103,7 @@ class Turn:
 
         Raises BudgetExceededError where the device has less room than the plan counted on.
         """
+        self.machine.meter.begin()
         try:
             for phase in self.request.plan.phases:
                 yield from self._phase(phase)
@@ -114,9 +116,9 @@ class Turn:
     def _phase(self, phase: Phase) -> Iterator[Event]:
         try:
             with self.machine.meter.phase(phase.name):
-                yield from self._onload(phase)
-                yield from self._encode(phase)
-                yield from self._answer(phase)
+                for part in (self._onload, self._encode, self._answer):
+                    if not self.cancelled():
+                        yield from part(phase)
         except torch.OutOfMemoryError as error:
             raise BudgetExceededError(
                 f'phase "{phase.name}" was planned to need {format_bytes(phase.peak_bytes)}, but the device ran out',
@@ -130,6 +132,8 @@ class Turn:
         with self._timed("load"):
             for done, total in self.machine.residency.enter(phase):
                 yield Progress("load", done, total, "bytes")
+                if self.cancelled():
+                    return
 
     def _encode(self, phase: Phase) -> Iterator[Event]:
         """Fill the prompt's media rows with whatever encoders this phase holds."""
@@ -155,8 +159,6 @@ class Turn:
 
     def _answer(self, phase: Phase) -> Iterator[Event]:
         """Chain this phase's share of thinker, talker and token2wav, and pull on its end."""
-        if self.cancelled():
-            return
         pipe: Iterator[Any] = iter(())
         if "thinker" in phase.stages:
             cache = self._thinker_cache()
@@ -282,6 +284,7 @@ class Turn:
                 if len(samples):
                     self._sound(samples)
                 yield
+        self._sound_is_whole = True
         self._sound(np.zeros(0, np.float32), is_last=True)
         self._mark("speech")
 
@@ -303,13 +306,14 @@ class Turn:
 
     def _finished(self) -> Finished:
         self._mark("total")
+        spoken: FinishReason = self._speech_finish_reason if self._sound_is_whole else "cancelled"
         return Finished(
             text="".join(self._text),
             text_ids=tuple(self._text_ids),
             codec_ids=tuple(self._codec_ids),
             prompt_tokens=len(self._prompt.embeds),
             finish_reason=self._finish_reason,
-            speech_finish_reason=self._speech_finish_reason if self.request.voice else None,
+            speech_finish_reason=spoken if self.request.voice else None,
             audio_s=self._samples / SAMPLE_RATE_HZ,
             sample_rate_hz=SAMPLE_RATE_HZ,
             timings=dict(self._timings),
@@ -359,4 +363,5 @@ def _seed(chosen: int | None, fallback: int) -> int:
 
 def _text_rows(model: OmniModel, voice: Voice) -> TextRows:
     assert model.speech
-    return TextRows(*model.embed_tokens(torch.tensor([voice.bos_token, model.speech.text_end, model.speech.text_pad])))
+    ids = [voice.bos_token, model.speech.text_end, model.speech.text_pad]
+    return TextRows(*model.embed_tokens(torch.tensor(ids, device="cpu")))

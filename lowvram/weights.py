@@ -75,11 +75,13 @@ class WeightBlock:
         """Read the weights from their files into `run` [n_bytes] uint8, wherever it lies."""
         linears = dict(_quantized_linears(self.module))
         for path, slot in self._slots.items():
-            if _linear_of(path, linears) is None:
+            linear = _linear_of(path, linears)
+            if linear is None or linear.keeps_stored_layout:
                 self._transfer.load(self._entry(path), slot.view(run))
         for path, linear in linears.items():
-            stored = (self._transfer.read(self._entry(f"{path}{leaf}")) for leaf in QUANTIZED)
-            linear.pack(*stored, out={leaf: self._slots[path + leaf].view(run) for leaf in linear.packed_names})
+            if not linear.keeps_stored_layout:
+                stored = (self._transfer.read(self._entry(f"{path}{leaf}")) for leaf in QUANTIZED)
+                linear.pack(*stored, out={leaf: self._slots[path + leaf].view(run) for leaf in linear.packed_names})
 
     def bind(self, run: Tensor) -> None:
         """Make the module's parameters views of `run`."""
@@ -135,19 +137,23 @@ class WeightBlock:
 
 
 class HostRows:
-    """An embedding table that stays in its file: rows are read when their ids are looked up."""
+    """An embedding table that stays in its file: rows are read when their ids are looked up, until `close`."""
 
     def __init__(self, table: Tensor, dtype: torch.dtype) -> None:
         self._table = table
+        self._rows, self.width = table.shape
         self.dtype = dtype
-        self.width = table.shape[1]
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Rows [n, H] in the compute dtype, on the host, for ids [n]."""
         return self._table[ids].to(self.dtype)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return self._rows
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._table = torch.empty(0, self.width, device="cpu")
 
 
 def _lay_out(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Slot]]:

@@ -71,6 +71,31 @@ def test_words_go_to_stdout_and_speech_to_a_wav_file_in_the_current_folder(demo:
     assert (sound.samplerate, sound.channels, sound.subtype, sound.frames) == (24_000, 1, "PCM_16", 12 * 480)
 
 
+def test_older_speech_stays_unless_its_name_is_given(demo: Path, folder: Path):
+    (folder / "reply.wav").write_bytes(b"older speech")
+    done = lowvram("run", "-p", "hello", "--model", demo, *BRIEF)
+    assert done.stderr.splitlines()[-1].endswith("to reply-2.wav")
+    assert (folder / "reply.wav").read_bytes() == b"older speech"
+    assert lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "-o", "reply.wav").exit_code == 0
+    assert (folder / "reply.wav").read_bytes() == (folder / "reply-2.wav").read_bytes()
+
+
+def test_an_answer_never_replaces_the_question(demo: Path, folder: Path):
+    question = (folder / "sound.bin").rename(folder / "sound.wav")
+    before = question.read_bytes()
+    done = lowvram("run", "sound.wav", "--model", demo, *BRIEF, "-o", "./sound.wav")
+    assert done.exit_code == 2
+    assert "would be written over" in done.stderr
+    assert question.read_bytes() == before
+
+
+def test_words_survive_a_full_disk_that_sound_does_not(demo: Path):
+    done = lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "-o", "/dev/full", "--json")
+    assert done.exit_code == 1
+    assert "No space left" in done.stderr
+    assert json.loads(done.stdout)["text"]
+
+
 def test_json_is_one_object_with_the_whole_answer(demo: Path):
     done = lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "--json", "-o", "said.wav")
     answer = json.loads(done.stdout)
@@ -220,6 +245,7 @@ def usual_count(demo: Path, media: Path) -> dict[str, int]:
         (("--end", "1"), "audio_tokens"),
         (("--fps", "2"), "video_tokens"),
         (("--max-frames", "4"), "video_tokens"),
+        (("--max-frames", "2"), "video_tokens"),
     ],
 )
 def test_a_media_option_makes_the_prompt_shorter(
@@ -308,6 +334,7 @@ BAD_INPUT = {
     "broken data URL": (("data:image/png;base64,!",), 5, "base64"),
     "no output folder": (("-p", "x", "-o", "nowhere/reply.wav"), 2, "nowhere"),
     "output is a folder": (("-p", "x", "-o", "."), 2, "."),
+    "output of another format": (("-p", "x", "-o", "reply.mp3", "--model", "./none"), 2, "reply.wav"),
     "no space for the output": (("-p", "x", "-o", "/dev/full"), 1, "No space left"),
     "no such folder of a model": (("-p", "x", "--model", "./none"), 3, "none"),
     "no such model": (("-p", "x", "--model", "no such/model"), 3, "no such/model"),
@@ -323,6 +350,14 @@ BAD_INPUT = {
     "prompt too long": (("-p", "x", "--max-prompt-tokens", "3"), 2, "3"),
     "end before start": (("video.bin", "--start", "5", "--end", "1"), 2, "start"),
     "start after the end": (("video.bin", "--start", "99"), 5, "video.bin"),
+    "start at infinity": (("video.bin", "--start", "inf"), 2, "start is inf s"),
+    "end at infinity": (("video.bin", "--end", "inf"), 2, "end is inf s"),
+    "end that is no number": (("video.bin", "--end", "nan"), 2, "end is nan s"),
+    "almost no frames": (("video.bin", "--fps", "1e-9"), 2, "0.01 frames/s"),
+    "one frame": (("video.bin", "--max-frames", "1"), 2, "max_frames is 1, but frames come in pairs"),
+    "no codes": (("-p", "x", "--max-codes", "0"), 2, "max_codes is 0"),
+    "negative seed": (("-p", "x", "--seed", "-1"), 2, "seed is -1"),
+    "endless seed": (("-p", "x", "--seed", str(2**64)), 2, str(2**64 - 1)),
 }
 
 
@@ -412,6 +447,25 @@ def test_a_reader_that_left_ends_the_program_quietly():
     done = subprocess.run([*PROGRAM, "doctor"], stdout=writing, stderr=subprocess.PIPE, text=True, env=environment())
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    "command", ["run -p hello --no-speech", "run -p hello -o -", "plan -p hello", "doctor", "--version"]
+)
+def test_a_full_disk_behind_stdout_is_one_sentence(demo: Path, command: str):
+    flags = ["--model", str(demo), "--max-tokens", "4"] if "hello" in command else []
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*PROGRAM, *command.split(), *flags], stdout=full, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+    last = done.stderr.splitlines()[-1]
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert last.startswith("error: the output cannot be written: No space left")
+
+
+def test_the_coldest_temperatures_and_the_largest_seed_answer(demo: Path):
+    coldest = ("--temperature", "1e-45", "--speech-temperature", "1e-45", "--seed", str(2**64 - 1))
+    assert lowvram("run", "-p", "hello", "--model", demo, *BRIEF, *coldest).exit_code == 0
 
 
 def test_streams_are_utf_8_where_the_console_is_not():

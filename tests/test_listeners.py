@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import signal
 from collections.abc import Iterator
@@ -9,19 +10,22 @@ import numpy as np
 import pytest
 import soundfile
 
-from lowvram.errors import OptionError
+from lowvram.errors import LowVRAMError, OptionError
 from lowvram.events import AudioChunk, Event, Finished, Progress, TextDelta
 from lowvram.listeners import (
     Listener,
     ProgressLines,
     SpeechFile,
+    SpeechPipe,
     TextReply,
     answer_record,
     event_record,
     follow,
     progress_amount,
     speech_to,
+    unused_path,
     used_lines,
+    write_text,
 )
 
 RATE_HZ = 24_000
@@ -154,7 +158,59 @@ def test_amounts_have_units_and_a_total_where_one_is_known(progress: Progress, a
     assert progress_amount(progress) == amount
 
 
+class Failing(io.StringIO):
+    """A stream that fails with a system's error number when it is flushed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def flush(self) -> None:
+        raise OSError(self._number, "as the system says")
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EINVAL])
+def test_a_reader_that_left_is_a_broken_pipe_on_every_system(number: int):
+    with pytest.raises(BrokenPipeError):
+        write_text("a", Failing(number))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_text_that_cannot_be_written_is_one_sentence_with_the_systems_reason(number: int):
+    with pytest.raises(LowVRAMError, match=r"the output cannot be written: as the system says \(make space"):
+        write_text("a", Failing(number))
+
+
 # Sound
+
+
+def test_raw_sound_that_cannot_be_written_fails_as_text_does():
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(LowVRAMError, match="No space left on device"):
+        SpeechPipe(Full()).show(sound(0.1))
+
+
+@pytest.mark.parametrize("name", ["reply.mp3", "reply.wav.txt"])
+def test_a_name_that_promises_another_format_is_refused(tmp_path: Path, name: str):
+    with pytest.raises(OptionError, match=rf"{name} ends in {Path(name).suffix}, but .* WAV file \(name it reply"):
+        speech_to(str(tmp_path / name), io.StringIO())
+
+
+@pytest.mark.parametrize("name", ["reply.wav", "REPLY.WAV", "reply"])
+def test_a_wav_file_may_have_its_suffix_in_capitals_or_none(tmp_path: Path, name: str):
+    assert isinstance(speech_to(str(tmp_path / name), io.StringIO()), SpeechFile)
+
+
+def test_an_unused_path_is_counted_up_past_what_is_there(tmp_path: Path):
+    names = []
+    for _ in range(3):
+        path = unused_path(tmp_path / "reply.wav")
+        path.touch()
+        names.append(path.name)
+    assert names == ["reply.wav", "reply-2.wav", "reply-3.wav"]
 
 
 def test_a_speech_file_is_made_with_the_first_sound_and_whole_after_every_chunk(tmp_path: Path):

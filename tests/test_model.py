@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,16 @@ def test_blocks_weigh_what_the_planner_says(checkpoint: Checkpoint, dtype: torch
         assert all(built[c][b] <= sizes[c][b] for c in sizes for b in sizes[c])
         del built["thinker"], sizes["thinker"]
     assert built == sizes
+
+
+def test_building_leaves_modules_of_other_threads_alone(checkpoint: Checkpoint):
+    """An application may be building its own model meanwhile."""
+    builder = threading.Thread(target=build, args=(checkpoint,))
+    builder.start()
+    built = []
+    while builder.is_alive():
+        built.append(torch.nn.Linear(2, 2).weight.device.type)
+    assert set(built) <= {"cpu"}
 
 
 def test_embedding_tables_are_in_no_block(checkpoint: Checkpoint):

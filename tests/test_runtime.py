@@ -8,6 +8,7 @@ import pytest
 
 from lowvram.errors import BackendError, BudgetError, CheckpointError, LowVRAMError, OptionError
 from lowvram.events import Finished, TextDelta
+from lowvram.offload.meter import LiveBytes
 from lowvram.options import TALKER_SAMPLING, Limits, SamplingParams, SpeechParams
 from lowvram.runtime import OmniRuntime
 
@@ -95,6 +96,54 @@ def test_a_closed_runtime_refuses(demo: Path):
     omni.close()
     with pytest.raises(LowVRAMError, match="closed"):
         omni.generate(MESSAGES)
+
+
+def test_closing_during_an_answer_ends_it_and_frees_the_device_afterwards(demo: Path):
+    omni = OmniRuntime.open(demo, device="cpu")
+    events = omni.generate(MESSAGES, sampling=SamplingParams(max_tokens=500, temperature=2.0, seed=1), speech=SPEECH)
+    next(event for event in events if isinstance(event, TextDelta))
+    closer = threading.Thread(target=omni.close)
+    closer.start()
+    closer.join()
+    *_, finished = events
+    assert finished.finish_reason == "cancelled"
+    assert omni._machine.residency.live_bytes == 0
+
+
+def test_an_answer_that_had_not_begun_is_refused_after_closing(demo: Path):
+    omni = OmniRuntime.open(demo, device="cpu")
+    events = omni.generate(MESSAGES)
+    omni.close()
+    with pytest.raises(LowVRAMError, match="closed"):
+        next(events)
+
+
+def test_cancelling_before_the_first_event_counts(omni: OmniRuntime):
+    events = omni.generate(MESSAGES, sampling=SHORT, speech=SPEECH)
+    omni.cancel()
+    *_, finished = events
+    assert (finished.finish_reason, finished.text_ids) == ("cancelled", ())
+
+
+def test_a_turns_memory_is_not_the_last_turns(demo: Path):
+    with LiveBytes() as meter, OmniRuntime.open(demo, device="cpu", meter=meter) as omni:
+        spoken, silent = ask(omni), ask(omni, speech=None)
+    assert list(spoken.memory["peak_bytes"]) == ["think+talk+sound"]
+    assert list(silent.memory["peak_bytes"]) == ["think"]
+
+
+def test_by_default_a_checkpoint_speaks_if_it_can(omni: OmniRuntime):
+    omni._voices = {}
+    assert "talker" not in omni.plan(MESSAGES).phases[-1].stages
+    *_, finished = omni.generate(MESSAGES, sampling=SHORT)
+    assert finished.speech_finish_reason is None
+    with pytest.raises(OptionError, match="no voices"):
+        omni.generate(MESSAGES, speech=SPEECH)
+
+
+def test_opening_says_nothing(demo: Path, capfd: pytest.CaptureFixture):
+    OmniRuntime.open(demo, device="cpu").close()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_unknown_voice_is_refused_at_the_call(omni: OmniRuntime):

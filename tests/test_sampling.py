@@ -82,6 +82,19 @@ def test_draws_follow_the_distribution():
     torch.testing.assert_close(counts, logits.softmax(-1), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 5e-324])
+def test_the_coldest_draw_is_among_the_likeliest(temperature: float):
+    logits = torch.zeros(50).index_put_((torch.tensor([7, 8, 9]),), torch.tensor([5.0, 5.0, 6.0]))
+    draw = sampler(SamplingParams(temperature=temperature), suppressed=[9])
+    assert draw.distribution(logits)[[7, 8]].tolist() == [0.5, 0.5]
+    assert {draw(logits) for _ in range(40)} == {7, 8}
+
+
+def test_the_hottest_draw_is_uniform_over_what_is_not_suppressed():
+    hottest = sampler(SamplingParams(temperature=1e300), suppressed=[9]).distribution(torch.arange(50.0))
+    assert hottest[9] == 0 and hottest[hottest > 0].tolist() == pytest.approx([1 / 49] * 49)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_filtered_in_float32(dtype: torch.dtype):
     logits = torch.randn(50).to(dtype)

@@ -206,12 +206,30 @@ def test_penalties_have_seen_what_the_references_have(omni: OmniRuntime, monkeyp
     assert talker["suppressed"] == [ids.start]
 
 
-@pytest.mark.parametrize("after", [0, 1, 4, 9, 14])
-def test_cancelling_keeps_what_there_is_and_says_so(omni: OmniRuntime, whole: Any, after: int):
-    said, samples = answer(run(omni, plan_of([STAGES]), cancel_after=after))
-    assert "cancelled" in (said.finish_reason, said.speech_finish_reason)
-    assert said.text_ids == whole[0].text_ids[: len(said.text_ids)]
-    np.testing.assert_array_equal(samples, whole[1][: len(samples)])
+@pytest.mark.parametrize("cuts", [[STAGES], [[stage] for stage in STAGES]], ids=["together", "one by one"])
+def test_cancelling_at_any_event_keeps_what_there_is_and_says_so(omni: OmniRuntime, whole: Any, cuts: Any):
+    total = len(list(run(omni, plan_of(cuts))))
+    for after in range(total - 2):  # the last chunk and the summary follow at once
+        said, samples = answer(run(omni, plan_of(cuts), cancel_after=after))
+        assert said.speech_finish_reason == "cancelled", after
+        assert said.text_ids == whole[0].text_ids[: len(said.text_ids)]
+        np.testing.assert_array_equal(samples, whole[1][: len(samples)])
+
+
+def test_cancelling_while_weights_load_loads_no_more(omni: OmniRuntime):
+    loads = [event for event in run(omni, plan_of([STAGES]), cancel_after=1) if isinstance(event, Progress)]
+    assert len(loads) == 1
+
+
+def test_an_applications_default_device_and_dtype_are_not_ours(omni: OmniRuntime, whole: Any):
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        said = answer(run(omni, plan_of([STAGES])))
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert_same_answer(said, whole)
 
 
 def test_closing_the_iterator_frees_the_device(omni: OmniRuntime):

@@ -13,6 +13,7 @@ import http.client
 import io
 import os
 import re
+import stat
 import sys
 import tempfile
 import threading
@@ -118,7 +119,8 @@ def open_stored(source: str | Path | bytes | BinaryIO, limits: Limits) -> Stored
     """Open the bytes behind a source; the caller closes the result.
 
     A string that begins with `http://`, `https://`, `file://` or `data:` is an address, `-` is stdin, any other string
-    is a path, and a `Path` is always a path. A seekable file object is read from its beginning, in place.
+    is a path, and a `Path` is always a path. A file object is read from its beginning, in place, if it can be, and
+    otherwise spooled from where it is.
 
     Raises MediaError: nothing there, not readable, empty, not answering, or beyond `limits.max_media_bytes`.
     """
@@ -182,7 +184,7 @@ def _from_path(path: Path, name: str, limits: Limits) -> Stored:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
     file = path.open("rb")
-    if file.seekable():
+    if _at_rest(file):
         return Stored(file, name)
     with file:
         return Stored(_spool(lambda: file.read1(READ_BYTES), name, limits), name)
@@ -197,10 +199,23 @@ def _from_file(file: BinaryIO, name: str, limits: Limits) -> Stored:
         )
     if not isinstance(file.read(0), bytes):
         raise MediaError(f"{name} is open as text", path=name, hint='open it with mode "rb"')
-    seekable = getattr(file, "seekable", None)
-    if seekable is not None and seekable():
+    if _at_rest(file):
         return Stored(file, name, owned=False)
     return Stored(_spool(lambda: file.read(READ_BYTES), name, limits), name)
+
+
+def _at_rest(file: BinaryIO) -> bool:
+    """Whether a file can be read again from its beginning.
+
+    Windows calls pipes seekable, and their end is then at 0: where the system has an opinion, the kind decides.
+    """
+    seekable = getattr(file, "seekable", None)
+    if seekable is None or not seekable():
+        return False
+    try:
+        return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    except (AttributeError, OSError):  # in memory, or inside another file
+        return True
 
 
 def _decode_data_url(url: str, name: str) -> bytes:

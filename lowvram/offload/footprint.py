@@ -87,9 +87,9 @@ class DecoderShape:
         Per token, all the time: the chunk's rows as they came (`input_size`), projected if they need to be (h), the
         last chunk's result and the layer's input (2h), cosine and sine (2d), three int64 positions. Beside them the
         wider of two points. MLP: the sum with the attention and its norm (2h), the gate's activation, the up
-        projection and their product (3i). Attention: the norm (h), queries and two partial results (3 x heads x d),
-        keys and values (2 x KV heads x d), and the float32 copies that merge the results (3 x heads x d at 4 bytes).
-        7B thinker, 16 bit: 146.5 KiB, of which the three products are 111.
+        projection and their product (3i). Attention: the norm (h), queries, their copy as rows and two partial results
+        (4 x heads x d), keys and values (2 x KV heads x d), and the float32 copies that merge the results (3 x heads
+        x d at 4 bytes). 7B thinker, 16 bit: 146.5 KiB, of which the three products are 111.
 
         The logits are drawn from in float32: penalized, sorted with their indices, summed up; about 48 bytes each.
         """
@@ -98,7 +98,7 @@ class DecoderShape:
         if self.input_size != self.hidden:
             always += self.hidden
         mlp = (2 * self.hidden + 3 * self.intermediate) * width_bytes
-        attention = (self.hidden + 3 * queries + 2 * self.kv_heads * self.head_dim) * width_bytes + 3 * queries * 4
+        attention = (self.hidden + 4 * queries + 2 * self.kv_heads * self.head_dim) * width_bytes + 3 * queries * 4
         return chunk_tokens * (always * width_bytes + 3 * 8 + max(mlp, attention)) + 48 * self.vocab
 
 

@@ -29,6 +29,9 @@ class Meter(Protocol):
     @property
     def peaks(self) -> Mapping[str, int]: ...
 
+    def begin(self) -> None:
+        """A turn begins: forget the peaks of the last one."""
+
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Inside, what is held counts towards the phase's peak; a phase met again keeps its highest."""
 
@@ -45,6 +48,9 @@ class NoMeter:
 
     def __init__(self) -> None:
         self.peaks: dict[str, int] = {}
+
+    def begin(self) -> None:
+        pass
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -63,6 +69,9 @@ class AllocatorMeter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.peaks: dict[str, int] = {}
+
+    def begin(self) -> None:
+        self.peaks.clear()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -97,6 +106,9 @@ class LiveBytes(TorchDispatchMode):
         """Count tensors that were made before or outside."""
         for tensor in tensors:
             self._note(tensor, counts=True)
+
+    def begin(self) -> None:
+        self.peaks.clear()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import InfeasibleBudgetError, OptionError
 from ..options import Limits
-from .budget import GIB, MIB, Budget
+from .budget import GIB, MIB, Budget, format_bytes
 from .footprint import Footprint
 
 COMPONENTS = {
@@ -394,7 +394,7 @@ def _infeasible(work: _Work) -> InfeasibleBudgetError:
     savings = [f"{_mib(n_bytes)} {what}" for what, n_bytes in needs.items() if n_bytes < smallest_bytes]
     return InfeasibleBudgetError(
         f'phase "{binding.name}" needs {_mib(leanest.peak_bytes)} at the least for {turn.prompt_tokens} prompt tokens,'
-        f" but the budget is {_mib(work.budget_bytes)}",
+        f" but the budget is {format_bytes(work.budget_bytes)}",
         phase=binding.name,
         needed_bytes=leanest.peak_bytes,
         available_bytes=work.budget_bytes,

@@ -7,7 +7,7 @@ never learns whether it was there, came for the phase, or came for this one use.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -53,11 +53,17 @@ class BlockUse:
 
 
 class Residency:
-    """The device copies of all blocks of `components` (component name to its blocks, in the order of their use)."""
+    """The device copies of all blocks of `components` (component name to its blocks, in the order of their use).
 
-    def __init__(self, components: Mapping[str, Sequence[Block]], device: torch.device) -> None:
+    `trim` is called after blocks have left for good, to give their room back to the device.
+    """
+
+    def __init__(
+        self, components: Mapping[str, Sequence[Block]], device: torch.device, trim: Callable[[], None] = lambda: None
+    ) -> None:
         self._components = components
         self._device = device
+        self._trim = trim
         self._runs: dict[str, Tensor] = {}
         self._residents: set[str] = set()
         self.kept: set[str] = set()
@@ -119,7 +125,8 @@ class Residency:
         return self._components.get(component, ())
 
     def _offload_all_but(self, kept: set[str]) -> None:
-        for blocks in self._components.values():
-            for block in blocks:
-                if block.name not in kept:
-                    self.offload(block)
+        leaving = [b for blocks in self._components.values() for b in blocks if b.name in self._runs.keys() - kept]
+        for block in leaving:
+            self.offload(block)
+        if leaving:
+            self._trim()

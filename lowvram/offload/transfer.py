@@ -38,19 +38,17 @@ class Transfer:
         self.device = device
         self._reader = reader
         self._staging: Tensor | None = None
-        self.moved_bytes = 0
 
     def load(self, entry: TensorEntry, target: Tensor) -> None:
         """Fill contiguous `target` (any device and dtype, same number of elements) from the file."""
         stored = TORCH_DTYPE[entry.dtype]
         assert target.is_contiguous() and target.numel() * stored.itemsize == entry.n_bytes, entry
         flat = target.view(-1)
-        self.moved_bytes += target.nbytes
         if target.device.type == "cpu" and target.dtype == stored:
             self._reader.read_into(entry, _bytes(flat))
             return
-        staging = self._staging_buffer()
-        with self._stream():
+        with self._on_device():  # pinning, too, belongs to a device
+            staging = self._staging_buffer()
             for start in range(0, entry.n_bytes, STAGING_BYTES):
                 n = min(STAGING_BYTES, entry.n_bytes - start)
                 self._reader.read_into(entry, _bytes(staging[:n]), start)
@@ -59,20 +57,29 @@ class Transfer:
 
     def read(self, entry: TensorEntry) -> Tensor:
         """A stored tensor as a new host tensor of its own dtype and shape."""
-        tensor = torch.empty(entry.shape, dtype=TORCH_DTYPE[entry.dtype])
+        tensor = torch.empty(entry.shape, dtype=TORCH_DTYPE[entry.dtype], device="cpu")
         self._reader.read_into(entry, _bytes(tensor.view(-1)))
         return tensor
 
     def release(self) -> None:
-        """Give the staging buffer back."""
+        """Give the staging buffer back, and to the device what its allocator keeps for later."""
         self._staging = None
+        self.trim()
+
+    def trim(self) -> None:
+        """Give freed device memory back, so that the next phase does not come on top of the last one's leftovers and
+        other programs get their room. Costs a synchronization: for between phases, not inside them."""
+        if self.device.type == "cuda":
+            with self._on_device():
+                torch.cuda.empty_cache()
 
     def _staging_buffer(self) -> Tensor:
         if self._staging is None:
-            self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            pin = self.device.type == "cuda"
+            self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pin)
         return self._staging
 
-    def _stream(self) -> AbstractContextManager[object]:
+    def _on_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
 

@@ -160,7 +160,7 @@ def frame_indices(first: int, last: int, n_frames: int) -> list[int]:
 
     In float32 as the official utilities do, whose halves round differently in other precisions.
     """
-    return torch.linspace(first, last, n_frames).round().long().tolist()
+    return torch.linspace(first, last, n_frames, dtype=torch.float32, device="cpu").round().long().tolist()
 
 
 def every_frame(total: int) -> list[int]:
@@ -195,7 +195,7 @@ def patchify(frames: Tensor, recipe: VisionRecipe) -> Tensor:
     temporal, channels, height, width = frames.shape
     patch, merge = recipe.patch_size, recipe.merge_size
     assert height % recipe.factor == 0 == width % recipe.factor, f"{height}x{width} is not whole tokens"
-    mean, std = (torch.tensor(values).view(-1, 1, 1) * 255 for values in (recipe.mean, recipe.std))
+    mean, std = (frames.new_tensor(values).view(-1, 1, 1) * 255 for values in (recipe.mean, recipe.std))
     blocks = ((frames - mean) / std).view(
         temporal, channels, height // recipe.factor, merge, patch, width // recipe.factor, merge, patch
     )

@@ -97,7 +97,8 @@ def lay_out(segments: Sequence[Segment], tokens: MediaTokens, clock: Clock) -> L
     ids, positions, rows = [], [], []
     row = position = 0
     for segment in segments:
-        segment_ids, segment_positions, advance = _place(segment, tokens, clock)
+        with torch.device("cpu"):  # an application may have set another default
+            segment_ids, segment_positions, advance = _place(segment, tokens, clock)
         ids.append(segment_ids)
         positions.append(segment_positions + position)
         if not isinstance(segment, TextSegment):

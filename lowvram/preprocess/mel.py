@@ -57,7 +57,7 @@ def log_mel(sound: np.ndarray, recipe: MelRecipe, segment_frames: int = SEGMENT_
     # The loudest moment may lie in a window whose centre is past the end, as the padded extractor sees it.
     last_centre = len(sound) + recipe.n_fft // 2
     sounding = min(math.ceil(last_centre / recipe.hop_length), _frames_before_cut(len(sound), recipe))
-    mel = torch.empty(len(recipe.filters), max(frames, sounding))
+    mel = torch.empty(len(recipe.filters), max(frames, sounding), dtype=torch.float32, device="cpu")
     for start in range(0, mel.shape[1], segment_frames):
         stop = min(start + segment_frames, mel.shape[1])
         mel[:, start:stop] = _segment(sound, start, stop, recipe)
@@ -85,7 +85,7 @@ def _segment(sound: np.ndarray, start: int, stop: int, recipe: MelRecipe) -> Ten
         torch.from_numpy(heard),
         recipe.n_fft,
         recipe.hop_length,
-        window=torch.hann_window(recipe.n_fft),
+        window=torch.hann_window(recipe.n_fft, dtype=torch.float32, device="cpu"),
         center=False,
         return_complex=True,
     )

@@ -15,8 +15,8 @@ class AWQLinear(nn.Module):
     """x [..., in_features] -> [..., out_features] by `backend`, with an optional bias.
 
     A skeleton: its parameters (those of the backend's layout, and `bias` in `dtype`) lie on `meta`, require no
-    gradient, and wait to be replaced by tensors on the device. Raises UnsupportedQuantError for sizes that AWQ cannot
-    store.
+    gradient, and wait to be replaced by tensors on the device. `keeps_stored_layout` says that they are AWQ's own.
+    Raises UnsupportedQuantError for sizes that AWQ cannot store.
     """
 
     bias: nn.Parameter | None
@@ -40,6 +40,7 @@ class AWQLinear(nn.Module):
         self.stored_shapes: Mapping[str, tuple[int, ...]] = {leaf: spec.shape for leaf, spec in stored.items()}
         layout = backend.layout(in_features, out_features, group_size, dtype)
         self.packed_names = tuple(layout)
+        self.keeps_stored_layout = dict(layout) == stored
         for name, spec in layout.items():
             self.register_parameter(name, _skeleton(spec))
         self.register_parameter("bias", _skeleton(TensorSpec((out_features,), dtype)) if bias else None)

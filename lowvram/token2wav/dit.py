@@ -86,12 +86,13 @@ class _Noise:
     """The initial state of the frames, in order."""
 
     def __init__(self, seed: int, mel_dim: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
         self._mel_dim = mel_dim
 
     def draw(self, rows: Tensor) -> Tensor:
         """[1, F, M] for the next frames, like `rows` in number, device and dtype."""
-        return torch.randn(1, rows.shape[-2], self._mel_dim, generator=self._generator).to(rows)
+        shape = (1, rows.shape[-2], self._mel_dim)
+        return torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu").to(rows)
 
 
 class _Rotary:
@@ -110,7 +111,7 @@ class _Rotary:
         """[F, D], cosines then sines, for the next frames, like `rows` in number, device and dtype."""
         first, self._next_frame = self._next_frame, self._next_frame + rows.shape[-2]
         dtype = torch.float32 if self._next_frame <= self._exact_from else torch.float64
-        angle = torch.arange(first, self._next_frame, dtype=dtype)[:, None] * self._frequency.to(dtype)
+        angle = torch.arange(first, self._next_frame, dtype=dtype, device="cpu")[:, None] * self._frequency.to(dtype)
         return torch.cat((angle.cos(), angle.sin()), -1).to(rows)
 
 

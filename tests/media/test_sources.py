@@ -182,6 +182,34 @@ def test_a_pipe_beyond_the_limit_is_refused_and_leaves_no_file(tmp_path: Path, m
     assert not list(tmp_path.iterdir())
 
 
+class WindowsPipe(io.FileIO):
+    """A pipe as Windows has them: it calls itself seekable, and its end is at 0."""
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return 0
+
+
+def test_a_pipe_that_calls_itself_seekable_is_read_whole():
+    outlet, inlet = os.pipe()
+    with os.fdopen(inlet, "wb") as file:
+        file.write(CONTENT)
+    with WindowsPipe(outlet) as pipe:
+        assert read(pipe) == CONTENT
+
+
+def test_a_file_on_disk_that_cannot_go_back_is_read_whole(tmp_path: Path):
+    class OneWay(io.FileIO):
+        def seekable(self) -> bool:
+            return False
+
+    (tmp_path / "clip.mp4").write_bytes(CONTENT)
+    with OneWay(tmp_path / "clip.mp4") as file:
+        assert read(file) == CONTENT
+
+
 def test_a_dash_is_stdin_and_can_be_read_once(monkeypatch: pytest.MonkeyPatch):
     with pipe_with(CONTENT) as pipe:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(pipe))

@@ -264,6 +264,11 @@ def test_the_smallest_budget_in_a_refusal_works_as_written(seven_b: Footprint):
     assert planned(seven_b, parse_bytes(written) / GIB).peak_bytes <= parse_bytes(written)
 
 
+def test_a_refusal_tells_a_small_budget_as_it_was_given(seven_b: Footprint):
+    with pytest.raises(InfeasibleBudgetError, match="but the budget is 1000 B"):
+        planned(seven_b, 1000 / GIB)
+
+
 def test_a_refusal_says_what_a_shorter_prompt_saves(seven_b: Footprint):
     with pytest.raises(InfeasibleBudgetError, match="MiB with a prompt of 23820 tokens"):
         planned(seven_b, 4)

@@ -97,6 +97,19 @@ def test_leaving_a_turn_drops_what_was_there_for_a_phase(blocks: Mapping):
     assert residency.live_bytes == 0
 
 
+def test_room_is_given_back_when_blocks_leave_for_good_and_only_then(blocks: Mapping):
+    trims: list[str] = []
+    residency = Residency(blocks, CPU, trim=lambda: trims.append("trim"))
+    enter(residency, thinker=Placement.STREAMED)
+    for block in residency.component("thinker"):
+        with block:
+            pass
+    assert trims == []
+    enter(residency, thinker=Placement.PHASE)
+    enter(residency, talker=Placement.PHASE)
+    assert trims == ["trim"]
+
+
 def test_release_drops_residents_too(blocks: Mapping):
     residency = Residency(blocks, CPU)
     enter(residency, thinker=Placement.RESIDENT)

@@ -67,7 +67,9 @@ def test_read_returns_the_stored_dtype_and_shape():
     assert torch.equal(Transfer(MemoryReader(), CPU).read(stored), stored.tensor)
 
 
-def test_moved_bytes_count_what_the_device_received():
+def test_releasing_gives_the_staging_buffer_back():
     moving = Transfer(MemoryReader(), CPU)
     moving.load(Stored(torch.zeros(10).half(), "F16"), torch.empty(10))
-    assert moving.moved_bytes == 40
+    assert moving._staging is not None
+    moving.release()
+    assert moving._staging is None
