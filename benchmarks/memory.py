@@ -51,7 +51,7 @@ def measure(
             omni.device.title,
             model=model,
             clip=clip.name,
-            vram=vram or "no limit",
+            vram=vram or "what was free",
             prompt_tokens=finished.prompt_tokens,
             text_tokens=len(finished.text_ids),
             codes=len(finished.codec_ids),
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Peak memory of one turn by phase: planned beside measured.")
     parser.add_argument("clip", nargs="?", type=Path, default=CLIP, help="a video (default: %(default)s)")
     parser.add_argument("--model", default="demo", help="hub id, folder or demo (default: %(default)s)")
-    parser.add_argument("--vram", help="budget, such as 8GiB (default: what is free; on a CPU no limit)")
+    parser.add_argument("--vram", help="budget, such as 8GiB (default: what is free)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--max-codes", type=int, default=100)

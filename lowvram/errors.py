@@ -6,7 +6,7 @@
     │   └── UnsupportedQuantError   3   a quantization this build does not read
     ├── BudgetError                 4   memory: `.phase`, `.needed_bytes`, `.available_bytes`
     │   ├── InfeasibleBudgetError   4   before any weight has moved
-    │   └── BudgetExceededError     4   a real peak passed the plan; `.profile`
+    │   └── BudgetExceededError     4   the device ran out all the same; `.profile`
     ├── MediaError                  5   a file, URL or array that is not usable: `.path`, `.limit`
     └── BackendError                6   a missing or broken backend: `.backend`, `.reason`
 
@@ -72,7 +72,7 @@ class InfeasibleBudgetError(BudgetError):
 
 
 class BudgetExceededError(BudgetError):
-    """A measured peak passed the plan; `profile` holds what was measured."""
+    """The device ran out although the plan fits; `profile` holds the peaks measured by phase."""
 
     def __init__(self, message: str, *, profile: Any = None, **where: Any) -> None:
         super().__init__(message, **where)

@@ -53,7 +53,11 @@ def format_bytes(n_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much memory a run may hold: `vram_bytes` on the device, `ram_bytes` on the host. None is no limit."""
+    """How much memory a run may hold: `vram_bytes` on the device; None is no limit.
+
+    `ram_bytes`, on the host, is written down but not enforced yet: weights need little of it, since their host copy
+    is their file.
+    """
 
     vram_bytes: int | None = None
     ram_bytes: int | None = None
