@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from lowvram.offload.plan import Phase, Placement
 from lowvram.offload.residency import Residency
@@ -108,6 +110,29 @@ def test_room_is_given_back_when_blocks_leave_for_good_and_only_then(blocks: Map
     enter(residency, thinker=Placement.PHASE)
     enter(residency, talker=Placement.PHASE)
     assert trims == ["trim"]
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the operators that are handed memory of one of the given runs."""
+
+    def __init__(self, runs: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.count = 0
+        self._storages = {run.untyped_storage().data_ptr() for run in runs}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
+        self.count += any(tensor.untyped_storage().data_ptr() in self._storages for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def test_leaving_copies_no_weight_back_to_the_host(blocks: Mapping):
+    """No operator so much as sees a block's memory while it leaves: there is nothing it could have been copied by."""
+    residency = Residency(blocks, CPU)
+    enter(residency, thinker=Placement.PHASE)
+    with _Reads(residency._runs.values()) as reads:
+        residency.leave()
+    assert (residency.live_bytes, reads.count) == (0, 0)
 
 
 def test_release_drops_residents_too(blocks: Mapping):
