@@ -79,7 +79,7 @@ class OmniRuntime:
         model: str | Path = DEFAULT_MODEL,
         *,
         vram: str | int | None = None,
-        device: str = "auto",
+        device: str | Device = "auto",
         dtype: str = "auto",
         kernel: str | None = None,
         revision: str | None = None,
@@ -93,7 +93,7 @@ class OmniRuntime:
         memory by phase; by default a GPU's allocator does. Raises CheckpointError, BackendError, OptionError.
         """
         asked = Budget.of(vram)
-        opened = open_device(device)
+        opened = device if isinstance(device, Device) else open_device(device)
         checkpoint = open_checkpoint(_demo_or(model), revision=revision, on_progress=on_download)
         compute = choose_dtype(dtype, opened.torch, _stored_dtype(checkpoint))
         backend = choose_backend(opened.torch, compute, kernel)

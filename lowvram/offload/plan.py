@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from itertools import combinations, groupby, pairwise
 from typing import Any
@@ -59,6 +59,20 @@ class Placement(StrEnum):
     STREAMED = "streamed"
 
 
+class HostTier(StrEnum):
+    """Where the host keeps a block it sends to the device: page-locked, in ordinary memory, or only in its file."""
+
+    PINNED = "pinned"
+    PAGEABLE = "pageable"
+    FILE = "file"
+
+
+def evenly_spaced(layers: int, kept: int) -> frozenset[int]:
+    """Which `kept` of a streamed component's `layers` stay: spread out, so that the others' copies overlap with them."""
+    assert 0 <= kept <= layers, (kept, layers)
+    return frozenset(i * layers // kept for i in range(kept))
+
+
 @dataclass(frozen=True)
 class Turn:
     """The work of one turn, as far as memory cares.
@@ -98,7 +112,11 @@ class Turn:
 @dataclass(frozen=True)
 class Phase:
     """Stages that share the device. `placements` names every component that is on it, those of other phases that are
-    resident included; `weights_bytes` is what they hold at once and `traffic_bytes` what a turn moves for them."""
+    resident included; `weights_bytes` is what they hold at once and `traffic_bytes` what a turn moves for them.
+
+    Of a streamed component `kept_layers` layers (0 where it is not named) stay for the phase all the same, chosen by
+    `evenly_spaced`, and so does its last block, which is no layer; the other layers pass through slots of their own.
+    """
 
     name: str
     stages: tuple[str, ...]
@@ -107,6 +125,7 @@ class Phase:
     kv_bytes: int
     activation_bytes: int
     traffic_bytes: int
+    kept_layers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -115,7 +134,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one turn runs inside a budget (None: no limit). Chunk sizes are what fits, at most what was asked for."""
+    """How one turn runs inside a budget (None: no limit). Chunk sizes are what fits, at most what was asked for.
+
+    `host_tiers` maps names of blocks to where the host keeps them; those it does not name are read from their file.
+    """
 
     device: str
     budget_bytes: int | None
@@ -127,6 +149,7 @@ class Plan:
     vision_chunk_patches: int
     audio_chunk_windows: int
     reserve_bytes: int
+    host_tiers: Mapping[str, HostTier] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
