@@ -68,7 +68,7 @@ class HostTier(StrEnum):
 
 
 def evenly_spaced(layers: int, kept: int) -> frozenset[int]:
-    """Which `kept` of a streamed component's `layers` stay: spread out, so that the others' copies overlap with them."""
+    """Which `kept` of `layers` stay: spread out, so that copies of the others overlap with computing them."""
     assert 0 <= kept <= layers, (kept, layers)
     return frozenset(i * layers // kept for i in range(kept))
 
