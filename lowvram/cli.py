@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import math
 import os
 import sys
 import traceback
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 import typer
 
 from . import __version__
-from .checkpoint import DEFAULT_MODEL
+from .checkpoint import DEFAULT_MODEL, DEMO
 from .errors import LowVRAMError, OptionError
 from .events import Event, Progress, TextDelta
 from .listeners import (
@@ -134,9 +136,23 @@ Ndjson = Annotated[bool, _flag("--ndjson", panel=_OUT, help="A JSON object per e
 Quiet = Annotated[bool, _flag("-q", "--quiet", panel=_OUT, help="Nothing on stderr but errors.")]
 Verbose = Annotated[bool, _flag("-v", "--verbose", panel=_OUT, help="Show where an error came from, and warnings.")]
 
+SHORT_QUESTION = "?"
+"""What is planned for when nothing is asked, as `OmniRuntime.plan` does."""
+
+ABOUT_SPEECH = (
+    "--output",
+    "--voice",
+    "--max-codes",
+    "--speech-temperature",
+    "--steps",
+    "--guidance",
+    "--solver",
+    "--chunk-seconds",
+)
+ABOUT_MEDIA = ("--fps", "--max-frames", "--max-pixels", "--start", "--end", "--no-video-sound")
 CONTRADICTIONS = (
-    ("--no-speech", "--output"),
-    ("--no-speech", "--voice"),
+    *(("--no-speech", option) for option in ABOUT_SPEECH),
+    ("--quiet", "--verbose"),
     ("--json", "--ndjson"),
     ("--json", "--output -"),
     ("--ndjson", "--output -"),
@@ -146,13 +162,28 @@ CONTRADICTIONS = (
 )
 """Pairs of which at most one can be given. Raw sound and JSON would both want stdout; only an answer has events."""
 
+A_HUB_MODEL = "a --model on the hub"
+PREREQUISITES = (*((option, "media") for option in ABOUT_MEDIA), ("--revision", A_HUB_MODEL))
+"""Options that mean something only beside another."""
+
+MAY_BE_EMPTY = ("--prompt", "--system")
+
+TYPED_AS = {"chunk_s": "--chunk-seconds", "prefill_chunk_tokens": "--prefill-chunk"}
+"""Fields of options whose flag has another name."""
+
 
 def main() -> None:
-    """The program `lowvram`. Its streams are UTF-8 on every system, also where the console's own encoding is not."""
+    """The program `lowvram`. Its streams are UTF-8 on every system, also where the console's own encoding is not, and
+    lead nowhere where there is no console (pythonw on Windows)."""
+    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     app()
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def _print_version(wanted: bool) -> None:
@@ -173,6 +204,7 @@ def _program(
 
 @app.command()
 def run(
+    ctx: typer.Context,
     media: Media = None,
     prompt: Prompt = "",
     system: System = None,
@@ -213,40 +245,35 @@ def run(
 ) -> None:
     """Answer about media, a prompt, or both: text to stdout as it comes, speech to a WAV file."""
     with _exit_codes(verbose), ExitStack() as stack:
-        _refuse_contradictions(
-            {
-                "--no-speech": no_speech,
-                "--output": output is not None,
-                "--output -": output == "-",
-                "--voice": voice is not None,
-                "--json": as_json,
-                "--ndjson": ndjson,
-                "--dry-run": dry_run,
-                "--plan": plan,
-            }
-        )
-        limits = Limits(prefill_chunk_tokens=prefill_chunk, max_prompt_tokens=max_prompt_tokens)
-        pictures = MediaParams(
-            fps=fps,
-            start_s=start,
-            end_s=end,
-            video_sound=not no_video_sound,
-            **_frame_bounds(max_frames),
-            **_pixel_bounds(max_pixels),
-        )
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        talking = SpeechParams(
-            voice=voice,
-            sampling=_talker_sampling(max_codes, speech_temperature),
-            steps=steps,
-            guidance=guidance,
-            solver=cast("Solver", solver),
-            chunk_s=chunk_seconds,
-        )
+        _refuse(_typed(ctx))
+        with _named_as_typed():
+            limits = Limits(prefill_chunk_tokens=prefill_chunk, max_prompt_tokens=max_prompt_tokens)
+            pictures = MediaParams(
+                fps=fps,
+                start_s=start,
+                end_s=end,
+                video_sound=not no_video_sound,
+                **_frame_bounds(max_frames),
+                **_pixel_bounds(max_pixels),
+            )
+            sampling = SamplingParams(
+                max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            )
+            talking = SpeechParams(
+                voice=voice,
+                sampling=_talker_sampling(max_codes, speech_temperature),
+                steps=steps,
+                guidance=guidance,
+                solver=cast("Solver", solver),
+                chunk_s=chunk_seconds,
+            )
         spoken = None if no_speech else talking
         progress = stack.enter_context(closing(_progress(quiet)))
+        stack.enter_context(_warnings_shown(progress))
         _refuse_to_overwrite(media or [], output)
         speech = _speech(output) if spoken and not (dry_run or plan) else Speech()
+        if plan and not media:
+            prompt = prompt or SHORT_QUESTION
         messages = _messages(media or [], prompt, system, limits, stack)
         if not verbose:
             _hush()
@@ -270,6 +297,7 @@ def run(
 
 @app.command()
 def plan(
+    ctx: typer.Context,
     media: Media = None,
     prompt: Prompt = "",
     system: System = None,
@@ -293,7 +321,10 @@ def plan(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show how an answer would use the device, without reading a weight: the same as run --plan."""
+    """Show how an answer would use the device, without reading a weight: the same as run --plan.
+
+    Without media and prompt: how a short question would.
+    """
     run(**locals(), plan=True)
 
 
@@ -353,10 +384,42 @@ def _drop_unwritten(out: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
-def _refuse_contradictions(given: Mapping[str, bool]) -> None:
+def _typed(ctx: typer.Context) -> dict[str, Any]:
+    """What was typed, whatever its value: {"--output": "-", "media": [...]}, by the longest name of each."""
+    sources = {param: ctx.get_parameter_source(param.name or "") for param in ctx.command.params}
+    typed = [param for param, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return {max(param.opts, key=len): ctx.params[param.name or ""] for param in typed}
+
+
+def _refuse(typed: Mapping[str, Any]) -> None:
+    """Refuse what contradicts itself, means nothing or is empty. An option at its default is not typed."""
+    given = {*typed, *([A_HUB_MODEL] if _is_on_hub(typed.get("--model", DEFAULT_MODEL)) else [])}
+    if typed.get("--output") == "-":
+        given.add("--output -")
     for one, other in CONTRADICTIONS:
-        if given[one] and given[other]:
+        if {one, other} <= given:
             raise OptionError(f"{one} and {other} contradict each other", hint="give one of them")
+    for option, needed in PREREQUISITES:
+        if option in given and needed not in given:
+            raise OptionError(f"{option} has no effect without {needed}", hint=f"leave {option} out")
+    for option, value in typed.items():
+        if value == "" and option not in MAY_BE_EMPTY:
+            raise OptionError(f"{option} is empty: 0 characters", hint="give it a value, or leave it out")
+
+
+def _is_on_hub(model: str) -> bool:
+    return model != DEMO and not os.path.isdir(os.path.expanduser(model))
+
+
+@contextmanager
+def _named_as_typed() -> Iterator[None]:
+    """A complaint begins with the field that is wrong; here it begins with the flag."""
+    try:
+        yield
+    except OptionError as error:
+        field, _, complaint = str(error.args[0]).partition(" ")
+        flag = TYPED_AS.get(field, f"--{field.replace('_', '-')}")
+        raise OptionError(f"{flag} {complaint}", hint=error.hint) from error
 
 
 def _frame_bounds(max_frames: int) -> dict[str, int]:
@@ -384,8 +447,11 @@ def _pixel_bounds(max_pixels: int | None) -> dict[str, int]:
 
 
 def _talker_sampling(max_codes: int, temperature: float) -> SamplingParams:
+    """The reference's draw with two values of its own, which `SamplingParams` would call by the text's names."""
     if max_codes < 1:
         raise OptionError(f"max_codes is {max_codes}, but speech has at least 1 code", hint="or pass --no-speech")
+    if not 0 <= temperature < math.inf:
+        raise OptionError(f"speech_temperature is {temperature}, but must be 0 (greedy) or a positive number")
     return replace(TALKER_SAMPLING, max_tokens=max_codes, temperature=temperature)
 
 
@@ -422,6 +488,27 @@ def _progress(quiet: bool) -> Listener:
     if quiet:
         return Listener()
     return Bar() if sys.stderr.isatty() else ProgressLines(sys.stderr)
+
+
+class _Warnings(logging.Handler):
+    """What the package warns of, a line each beside the progress."""
+
+    def __init__(self, progress: Listener) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.say(f"warning: {record.getMessage()}")
+
+
+@contextmanager
+def _warnings_shown(progress: Listener) -> Iterator[None]:
+    log, handler = logging.getLogger(__package__), _Warnings(progress)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def _words_to(output: str | None) -> TextIO:
@@ -496,6 +583,9 @@ class Bar(Listener):
                 self._display.start()
                 amount = progress_amount(event)
                 self._display.update(self._task, description=stage, completed=done, total=total, amount=amount)
+
+    def say(self, line: str) -> None:
+        self._display.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._display.stop()

@@ -27,6 +27,8 @@ def examine() -> dict[str, Any]:
     """Look at this machine. Nothing is downloaded; a device that is not there is a finding, not an error."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    from .demo import _user_cache
+
     devices, obstacle = _devices()
     return {
         "lowvram": __version__,
@@ -34,7 +36,11 @@ def examine() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "devices": [_device_record(device) for device in devices],
         "no_cuda": obstacle,
-        "folders": [_folder_record("models", Path(HF_HUB_CACHE)), _folder_record("output", Path.cwd())],
+        "folders": [
+            _folder_record("models", Path(HF_HUB_CACHE)),
+            _folder_record("demo", _user_cache()),
+            _folder_record("output", Path.cwd()),
+        ],
     }
 
 

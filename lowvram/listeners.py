@@ -29,6 +29,9 @@ class Listener:
 
     def show(self, event: Event) -> None: ...
 
+    def say(self, line: str) -> None:
+        """Tell a person what no event tells."""
+
     def close(self) -> None: ...
 
 
@@ -144,6 +147,9 @@ class ProgressLines(Listener):
             write_text(f"{event.stage}: {progress_amount(event)}", self._out)
         self._running = "" if event.done == event.total else event.stage
 
+    def say(self, line: str) -> None:
+        write_text(line, self._out)
+
 
 class _Interrupt:
     """While entered, the first Ctrl-C cancels and the second interrupts, as if nobody listened."""
@@ -192,6 +198,8 @@ def speech_to(output: str, stdout: TextIO) -> Speech:
         raise OptionError(f"{path.name} ends in {path.suffix}, but speech is written as a WAV file", hint=hint)
     if not path.parent.is_dir():
         raise OptionError(f"the folder {path.parent} for {path.name} does not exist", hint="make it, or choose another")
+    if path.is_fifo():  # opening it would wait for a reader
+        raise OptionError(f"{path} is a pipe, but a WAV file is written in place", hint=f"raw sound: -o - > {path}")
     is_new = not path.exists()
     try:
         path.open("ab").close()

@@ -20,10 +20,12 @@ from lowvram import __version__
 from lowvram.cli import Bar, app
 from lowvram.events import Progress, TextDelta
 from lowvram.offload.plan import Plan
+from lowvram.runtime import OmniRuntime
 
 CHECKOUT = Path(__file__).parent.parent
 PROGRAM = (sys.executable, str(CHECKOUT / "cli.py"))
 BRIEF = ("--max-tokens", "4", "--max-codes", "12", "--steps", "2", "--seed", "1")
+IN_TEXT = ("--max-tokens", "4", "--seed", "1", "--no-speech")
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +126,7 @@ def test_raw_sound_on_stdout_is_the_wav_files_and_moves_the_words_to_stderr(demo
 
 
 def test_without_speech_nothing_is_written(demo: Path, folder: Path):
-    done = lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "--no-speech", "--json")
+    done = lowvram("run", "-p", "hello", "--model", demo, *IN_TEXT, "--json")
     answer = json.loads(done.stdout)
     assert (answer["audio"], answer["codec_ids"], answer["speech_finish_reason"]) == (None, [], None)
     assert not (folder / "reply.wav").exists()
@@ -165,7 +167,7 @@ def test_an_option_is_heard(demo: Path, folder: Path, usual_speech: bytes, flags
 @pytest.mark.parametrize("narrow", [("--top-k", "1"), ("--top-p", "1e-6")], ids=" ".join)
 def test_drawing_from_one_token_is_greedy(demo: Path, narrow: tuple[str, ...]):
     # In bfloat16 the two likeliest tokens can tie, and both are then drawn from, as the reference does.
-    ask = ("run", "-p", "hello", "--model", demo, *BRIEF, "--no-speech", "--dtype", "float32")
+    ask = ("run", "-p", "hello", "--model", demo, *IN_TEXT, "--dtype", "float32")
     assert lowvram(*ask, "--temperature", "2", *narrow).stdout == lowvram(*ask).stdout
 
 
@@ -176,7 +178,7 @@ def test_chunk_seconds_set_how_much_sound_comes_at_a_time(demo: Path):
 
 
 def test_quiet_says_nothing_on_stderr(demo: Path):
-    assert lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "--no-speech", "--quiet").stderr == ""
+    assert lowvram("run", "-p", "hello", "--model", demo, *IN_TEXT, "--quiet").stderr == ""
 
 
 def test_stderr_tells_progress_in_a_few_lines_then_what_was_used_and_where_speech_went(demo: Path):
@@ -187,7 +189,7 @@ def test_stderr_tells_progress_in_a_few_lines_then_what_was_used_and_where_speec
 
 def test_the_demos_words_are_called_gibberish(demo: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lowvram.demo.demo_folder", lambda: demo)
-    assert "gibberish" in lowvram("run", "-p", "hello", "--model", "demo", *BRIEF, "--no-speech").stderr
+    assert "gibberish" in lowvram("run", "-p", "hello", "--model", "demo", *IN_TEXT).stderr
 
 
 # Media
@@ -203,9 +205,7 @@ def test_media_are_told_apart_by_content_and_stay_in_order(demo: Path):
 
 def test_a_dry_run_counts_the_tokens_that_the_answer_then_takes(demo: Path):
     shape = json.loads(lowvram("run", "video.bin", "-p", "hello", "--model", demo, "--dry-run", "--json").stdout)
-    answer = json.loads(
-        lowvram("run", "video.bin", "-p", "hello", "--model", demo, *BRIEF, "--no-speech", "--json").stdout
-    )
+    answer = json.loads(lowvram("run", "video.bin", "-p", "hello", "--model", demo, *IN_TEXT, "--json").stdout)
     assert shape["prompt_tokens"] == answer["prompt_tokens"]
     assert shape["video_tokens"] > 0 and shape["audio_tokens"] > 0
 
@@ -273,9 +273,15 @@ def test_plan_is_run_with_plan_and_reads_back(demo: Path):
 def test_a_plan_is_for_the_turn_that_was_asked_for(demo: Path):
     asked = ("plan", "-p", "hello", "--model", demo, "--json")
     limits = ("--max-tokens", "7", "--max-codes", "9", "--prefill-chunk", "16")
-    spoken, silent = (json.loads(lowvram(*asked, *limits, *more).stdout) for more in ((), ("--no-speech",)))
+    spoken, silent = (json.loads(lowvram(*asked, *more).stdout) for more in (limits, ("--no-speech",)))
     assert (spoken["text_tokens"], spoken["codes"], spoken["prefill_chunk_tokens"]) == (7, 9, 16)
     assert silent["codes"] == 0
+
+
+def test_a_plan_without_a_question_is_the_runtimes_own(demo: Path):
+    with OmniRuntime.open(demo, vram="1GiB") as omni:
+        planned = lowvram("plan", "--model", demo, "--vram", "1GiB", "--json").stdout
+        assert Plan.from_json(json.loads(planned)) == omni.plan()
 
 
 def test_a_plan_for_people_is_a_table(demo: Path):
@@ -288,6 +294,14 @@ def test_doctor_names_versions_devices_and_the_kernel():
     assert report["devices"][0]["name"] == "cpu" and report["devices"][0]["kernel"]
     text = lowvram("doctor").stdout
     assert report["packages"]["torch"] in text and report["devices"][0]["kernel"] in text
+
+
+def test_doctor_names_the_folders_of_models_of_the_demo_and_of_speech(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    folders = {found["what"]: found["path"] for found in json.loads(lowvram("doctor", "--json").stdout)["folders"]}
+    assert list(folders) == ["models", "demo", "output"]
+    assert (folders["demo"], folders["output"]) == (str(folder / "cache" / "lowvram"), str(folder))
+    assert not (folder / "cache").exists()
 
 
 def test_demo_model_writes_the_checkpoint_that_the_demo_builder_does(demo: Path, folder: Path):
@@ -345,17 +359,26 @@ BAD_INPUT = {
     "unknown solver": (("-p", "x", "--solver", "magic"), 2, "euler"),
     "no number": (("-p", "x", "--max-tokens", "many"), 2, "--max-tokens"),
     "no size": (("-p", "x", "--vram", "8 apples"), 2, "8GiB"),
+    "a size without its unit": (("-p", "x", "--vram", "8"), 2, "did you mean 8GiB?"),
     "budget too small": (("-p", "x", "--vram", "100KiB"), 4, "smallest budget"),
     "plan too small": (("-p", "x", "--vram", "100KiB", "--plan"), 4, "smallest budget"),
     "prompt too long": (("-p", "x", "--max-prompt-tokens", "3"), 2, "3"),
     "end before start": (("video.bin", "--start", "5", "--end", "1"), 2, "start"),
-    "start after the end": (("video.bin", "--start", "99"), 5, "video.bin"),
-    "start at infinity": (("video.bin", "--start", "inf"), 2, "start is inf s"),
+    "start after the end": (("video.bin", "--start", "99"), 5, "99 s and 2 s: it is 2.00 s long"),
+    "start after the end of a sound": (("sound.bin", "--start", "99"), 5, "99 s and its end: it is 0.50 s long"),
+    "start at infinity": (("video.bin", "--start", "inf"), 2, "--start is inf s"),
     "end at infinity": (("video.bin", "--end", "inf"), 2, "end is inf s"),
     "end that is no number": (("video.bin", "--end", "nan"), 2, "end is nan s"),
     "almost no frames": (("video.bin", "--fps", "1e-9"), 2, "0.01 frames/s"),
-    "one frame": (("video.bin", "--max-frames", "1"), 2, "max_frames is 1, but frames come in pairs"),
-    "no codes": (("-p", "x", "--max-codes", "0"), 2, "max_codes is 0"),
+    "one frame": (("video.bin", "--max-frames", "1"), 2, "--max-frames is 1, but frames come in pairs"),
+    "no codes": (("-p", "x", "--max-codes", "0"), 2, "--max-codes is 0"),
+    "speech hotter than hot": (("-p", "x", "--speech-temperature", "inf"), 2, "--speech-temperature is inf"),
+    "no chunk": (("-p", "x", "--chunk-seconds", "0"), 2, "--chunk-seconds is 0.0 s"),
+    "no prefill": (("-p", "x", "--prefill-chunk", "0"), 2, "--prefill-chunk is 0"),
+    "no voice": (("-p", "x", "--voice", ""), 2, "--voice is empty"),
+    "no output": (("-p", "x", "-o", ""), 2, "--output is empty"),
+    "no revision": (("-p", "x", "--revision", "", "--model", "owner/name"), 2, "--revision is empty"),
+    "no path": (("video.bin", ""), 2, "the path of a medium is empty"),
     "negative seed": (("-p", "x", "--seed", "-1"), 2, "seed is -1"),
     "endless seed": (("-p", "x", "--seed", str(2**64)), 2, str(2**64 - 1)),
 }
@@ -373,22 +396,78 @@ def test_bad_input_ends_with_its_exit_code_and_one_sentence(
 
 
 @pytest.mark.parametrize(
+    ("flags", "one", "other"),
+    [
+        (("--no-speech", "-o", "reply.wav"), "--no-speech", "--output"),
+        (("--no-speech", "--voice", "Ethan"), "--no-speech", "--voice"),
+        (("--no-speech", "--max-codes", "4096"), "--no-speech", "--max-codes"),
+        (("--no-speech", "--speech-temperature", "0.9"), "--no-speech", "--speech-temperature"),
+        (("--no-speech", "--steps", "10"), "--no-speech", "--steps"),
+        (("--no-speech", "--guidance", "0.5"), "--no-speech", "--guidance"),
+        (("--no-speech", "--solver", "euler"), "--no-speech", "--solver"),
+        (("--no-speech", "--chunk-seconds", "0.96"), "--no-speech", "--chunk-seconds"),
+        (("-q", "-v"), "--quiet", "--verbose"),
+        (("--json", "--ndjson"), "--json", "--ndjson"),
+        (("--json", "-o", "-"), "--json", "--output -"),
+        (("--ndjson", "-o", "-"), "--ndjson", "--output -"),
+        (("--dry-run", "--plan"), "--dry-run", "--plan"),
+        (("--ndjson", "--dry-run"), "--ndjson", "--dry-run"),
+        (("--ndjson", "--plan"), "--ndjson", "--plan"),
+    ],
+)
+def test_contradictions_are_refused_by_name_defaults_included(flags: tuple[str, ...], one: str, other: str):
+    done = lowvram("run", "-p", "hello", *flags)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"error: {one} and {other} contradict each other" in done.stderr
+
+
+@pytest.mark.parametrize(
     "flags",
     [
-        ("--no-speech", "-o", "reply.wav"),
-        ("--no-speech", "--voice", "Ethan"),
-        ("--json", "--ndjson"),
-        ("--json", "-o", "-"),
-        ("--ndjson", "-o", "-"),
-        ("--dry-run", "--plan"),
-        ("--ndjson", "--dry-run"),
-        ("--ndjson", "--plan"),
+        ("--fps", "2"),
+        ("--max-frames", "768"),
+        ("--max-pixels", "9000"),
+        ("--start", "0"),
+        ("--end", "1"),
+        ("--no-video-sound",),
     ],
     ids=" ".join,
 )
-def test_contradictions_are_refused(flags: tuple[str, ...]):
-    done = lowvram("run", "-p", "hello", *flags)
-    assert (done.exit_code, "contradict" in done.stderr, done.stdout) == (2, True, "")
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_an_option_about_media_is_refused_without_any(command: str, flags: tuple[str, ...]):
+    done = lowvram(command, "-p", "hello", *flags)
+    assert (done.exit_code, done.stderr) == (
+        2,
+        f"error: {flags[0]} has no effect without media (leave {flags[0]} out)\n",
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_revision_is_refused_for_what_is_not_on_a_hub(command: str, demo: Path):
+    for model in (demo, "demo"):
+        done = lowvram(command, "-p", "hello", "--model", model, "--revision", "main")
+        assert done.exit_code == 2 and "--revision has no effect without a --model on the hub" in done.stderr
+
+
+def test_a_plan_refuses_what_contradicts_itself_too(demo: Path):
+    done = lowvram("plan", "-p", "hello", "--model", demo, "--no-speech", "--max-codes", "9")
+    assert (done.exit_code, "--no-speech and --max-codes" in done.stderr) == (2, True)
+
+
+@pytest.fixture(scope="session")
+def long_prompt(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two pictures of 16,384 tokens each: with the words beside them, more than models were trained on."""
+    path = tmp_path_factory.mktemp("pictures") / "wall.png"
+    Image.new("L", (3584, 3584)).save(path, compress_level=1)
+    return [path, path]
+
+
+def test_a_prompt_beyond_training_is_one_line_on_stderr_unless_quiet(demo: Path, long_prompt: list[Path]):
+    ask = ("run", *long_prompt, "--model", demo, "--dry-run")
+    warnings = lowvram(*ask).stderr
+    assert warnings.startswith("warning: the prompt takes 32,9") and warnings.count("\n") == 1
+    assert "trained on at most 32,768" in warnings
+    assert lowvram(*ask, "--quiet").stderr == ""
 
 
 def test_verbose_adds_where_an_error_came_from():
@@ -472,6 +551,30 @@ def test_streams_are_utf_8_where_the_console_is_not():
     console = environment(PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
     done = subprocess.run([*PROGRAM, "run", "日本.mp4"], capture_output=True, env=console)
     assert "日本.mp4" in done.stderr.decode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "exit_code"),
+    [("--version", 0), ("doctor", 0), ("run missing.mp4", 5), ("run --bogus", 2), ("run -p hello -o said.wav", 0)],
+)
+def test_a_program_without_a_console_does_its_work(demo: Path, folder: Path, command: str, exit_code: int):
+    """As pythonw on Windows starts it: there are no standard streams, not even closed ones."""
+    arguments = [*command.split(), *(("--model", str(demo), *BRIEF) if "hello" in command else ())]
+    code = "import sys; sys.stdin = sys.stdout = sys.stderr = None; from lowvram.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (exit_code, b"", b"")
+    assert (folder / "said.wav").exists() == ("said.wav" in command)
+
+
+def test_a_bar_says_a_line_without_being_torn(monkeypatch: pytest.MonkeyPatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = Bar()
+    bar.show(Progress("download", 1, 2, "bytes"))
+    bar.say("warning: a [line] longer than 80 characters" + "." * 80)
+    bar.close()
+    assert "warning: a [line] longer than 80 characters" + "." * 80 + "\n" in terminal.getvalue()
 
 
 def test_a_bar_tells_progress_to_a_terminal_until_there_are_words(monkeypatch: pytest.MonkeyPatch):

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,10 +45,12 @@ except CheckpointError as error:
 
 @dataclass
 class FakeHub:
-    """The few answers of a hub that a download asks for, and what was asked."""
+    """The few answers of a hub that a download asks for, what was asked, and how many bytes of each file were sent."""
 
     url: str = ""
+    files: dict[str, bytes] = field(default_factory=lambda: dict(FILES))
     asked: list[str] = field(default_factory=list)
+    sent_bytes: Counter[str] = field(default_factory=Counter)
     claimed_bytes: int | None = None
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
@@ -60,10 +63,13 @@ class FakeHub:
         if path.startswith("/api/models/owner/omni/revision/") and not path.endswith(("/main", COMMIT)):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         if path.startswith(f"/api/models/owner/omni/tree/{COMMIT}"):
-            return 200, {}, json.dumps([self._listed(*file) for file in FILES.items()]).encode()
+            return 200, {}, json.dumps([self._listed(*file) for file in self.files.items()]).encode()
         if path.startswith("/api/models/owner/omni"):
             return 200, {}, json.dumps({"id": "owner/omni", "sha": COMMIT, "siblings": []}).encode()
-        content = FILES[path.removeprefix(f"/owner/omni/resolve/{COMMIT}/")]
+        name = path.rpartition("/resolve/")[2].partition("/")[2]
+        if name not in self.files:
+            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b""
+        content = self.files[name]
         etag = hashlib.sha1(content).hexdigest()
         return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "X-Linked-Size": str(self._size(content))}, content
 
@@ -81,11 +87,15 @@ def hub() -> Iterator[FakeHub]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             status, headers, body = fake.answer(self.path)
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if asked and status == 200:
+                status, body = 206, body[int(asked[1]) : int(asked[2]) + 1]
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
+                fake.sent_bytes[self.path.rpartition("/")[2]] += len(body)
                 self.wfile.write(body)
 
         do_HEAD = do_GET  # noqa: N815
@@ -100,11 +110,13 @@ def hub() -> Iterator[FakeHub]:
         server.shutdown()
 
 
-def open_in_process(home: Path, model: str, *, revision: str = "", **environment: str) -> dict[str, object]:
-    """What a fresh process makes of `model`; its standard error must stay empty."""
+def open_in_process(
+    home: Path, model: str, *, revision: str = "", script: str = OPEN, **environment: str
+) -> dict[str, object]:
+    """What a fresh process makes of `model`, given to `script`; its standard error must stay empty."""
     kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "HOME") if name in os.environ}
     done = subprocess.run(
-        [sys.executable, "-c", OPEN, model, revision],
+        [sys.executable, "-c", script, model, revision],
         env={
             **kept,
             "HF_HOME": str(home),

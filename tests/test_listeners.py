@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,9 @@ from lowvram.listeners import (
 )
 
 RATE_HZ = 24_000
-FINISHED = Finished("ab", (1, 2), (), 7, "stop", None, 0.0, RATE_HZ, {"total": 1.5}, {"kind": "not measured"})
+FINISHED = Finished(
+    "ab", (1, 2), (), 7, "stop", None, 0.0, RATE_HZ, timings={"total": 1.5}, memory={"kind": "not measured"}
+)
 
 
 def sound(seconds: float, start_s: float = 0.0) -> AudioChunk:
@@ -204,6 +207,33 @@ def test_a_wav_file_may_have_its_suffix_in_capitals_or_none(tmp_path: Path, name
     assert isinstance(speech_to(str(tmp_path / name), io.StringIO()), SpeechFile)
 
 
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """A test that waits for longer than 10 s fails, where it would hang."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="only POSIX has pipes in folders")
+def test_a_named_pipe_is_refused_without_waiting_for_its_reader(tmp_path: Path, impatient: None):
+    os.mkfifo(tmp_path / "pipe.wav")
+    with pytest.raises(OptionError, match=r"pipe\.wav is a pipe, but a WAV file is written in place \(raw sound: -o -"):
+        speech_to(str(tmp_path / "pipe.wav"), io.StringIO())
+
+
+def test_a_line_that_is_no_progress_is_said_as_it_is():
+    out = io.StringIO()
+    ProgressLines(out).say("warning: long")
+    assert out.getvalue() == "warning: long\n"
+
+
 def test_an_unused_path_is_counted_up_past_what_is_there(tmp_path: Path):
     names = []
     for _ in range(3):
@@ -247,7 +277,7 @@ def test_a_sound_is_told_by_its_place_and_length():
 
 
 def record(**memory: object) -> dict:
-    finished = Finished("", (), (), 7, "stop", None, 0.0, RATE_HZ, {"total": 1.5}, memory)
+    finished = Finished("", (), (), 7, "stop", None, 0.0, RATE_HZ, timings={"total": 1.5}, memory=memory)
     return answer_record(finished, model="m", device="GPU", kernel="k", audio_path=None, peak_resident_bytes=3 * 2**30)
 
 

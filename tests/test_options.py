@@ -33,9 +33,12 @@ REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
     (SpeechParams, {"steps": 1001}, "steps is 1001, but the ODE grid needs 2 to 1000 time points"),
     (SpeechParams, {"guidance": -1.0}, "guidance is -1.0, but must be 0 (off) to 100"),
     (SpeechParams, {"guidance": math.inf}, "guidance is inf, but must be 0 (off) to 100"),
-    (SpeechParams, {"solver": "magic"}, "solver 'magic' is unknown (one of: euler, rk4)"),
+    (SpeechParams, {"solver": "magic"}, "solver 'magic' is unknown (one of: euler, ab2, rk4)"),
+    (SpeechParams, {"mode": "fast"}, "mode 'fast' is unknown (one of: exact, balanced, low-latency, offload)"),
+    (SpeechParams, {"dtype": "int8"}, "dtype 'int8' is unknown (one of: float32, float16, bfloat16)"),
     (SpeechParams, {"chunk_s": 0.1}, "chunk_s is 0.1 s, but a chunk is 0.24 s (one DiT block) to 60 s of sound"),
     (SpeechParams, {"chunk_s": 61.0}, "chunk_s is 61.0 s, but a chunk is 0.24 s (one DiT block) to 60 s of sound"),
+    (SpeechParams, {"voice": ""}, "voice is empty: 0 characters (without one, the checkpoint's first voice speaks)"),
     (SpeechParams, {"seed": -1}, f"seed is -1, {SEEDS}"),
     (SpeechParams, {"seed": 2**64}, f"seed is 18446744073709551616, {SEEDS}"),
     (MediaParams, {"fps": 0.0}, "fps is 0.0, but must be at least 0.01 frames/s (a frame every 100 s)"),
@@ -66,7 +69,9 @@ REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
     (Limits, {"audio_chunk_windows": 0}, "audio_chunk_windows is 0, but must be at least 1"),
     (Limits, {"max_media_bytes": 0}, "max_media_bytes is 0, but must be at least 1"),
     (Limits, {"max_prompt_tokens": 0}, "max_prompt_tokens is 0, but must be at least 1"),
-    (Limits, {"network_timeout_s": 0.0}, "network_timeout_s is 0.0, but must be positive"),
+    (Limits, {"network_timeout_s": 0.0}, "network_timeout_s is 0.0 s, but must be above 0 and at most 86400 s"),
+    (Limits, {"network_timeout_s": math.inf}, "network_timeout_s is inf s, but must be above 0"),
+    (Limits, {"network_timeout_s": math.nan}, "network_timeout_s is nan s, but must be above 0"),
 ]
 
 

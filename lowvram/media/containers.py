@@ -34,17 +34,17 @@ def open_container(stored: Stored) -> Iterator[InputContainer]:
             # Tags in other encodings than UTF-8 are common, and none of our business.
             container = av.open(file, "r", container_options=options, metadata_errors="replace")
         except av.error.FFmpegError as error:
-            raise _unknown_content(stored, error) from error
+            raise _unknown_content(stored) from error
         with container:
             yield container
 
 
-def _unknown_content(stored: Stored, error: av.error.FFmpegError) -> MediaError:
-    hint = "give a picture, a sound or a video"
+def _unknown_content(stored: Stored) -> MediaError:
+    hint = "give a picture, a sound or a video, whole and not encrypted"
     if stored.read_at(4, 4) == b"ftyp":
         hint = "an MP4 without its index was cut short: copy, record or download it again"
     return MediaError(
-        f"{stored.name}, {stored.size_bytes:,} bytes, is not a medium that can be read: {error.strerror}",
+        f"{stored.name}, {stored.size_bytes:,} bytes, is not a medium that can be read",
         path=stored.name,
         hint=hint,
     )

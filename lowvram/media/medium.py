@@ -20,11 +20,15 @@ from ..errors import MediaError, OptionError
 from ..options import Limits
 from .containers import check_decoder, decode, find_track, open_container
 from .pictures import check_pixels, durations_ms, is_animated, open_picture, to_rgb
-from .sound import SOUND_RATE_HZ, cut, mono_blocks, resample, resampled_length
+from .sound import SOUND_RATE_HZ, cut, mix, mono_blocks, resample, resampled_length
 from .sources import Picture, Source, Stored, open_stored, source_name
 from .video import Video, open_clip
 
 Kind = Literal["image", "audio", "video"]
+
+PCM_DTYPES = ("float16", "float32", "float64", "int16", "int32", "uint8")
+MAX_CHANNELS = 8
+"""7.1: more channels than that are taken for something else."""
 
 A_KIND = {"image": "an image", "audio": "a sound", "video": "a video"}
 
@@ -42,12 +46,13 @@ class Medium:
     """An opened picture, sound or video; close it, or use it as a context manager.
 
     `kind` is what the content is: a video may have sound, a sound may have a cover, and an animated picture (GIF,
-    APNG, WebP) is a video of which `read_image` gives the first picture.
+    APNG, WebP; `is_animation`) is a video of which `read_image` gives the first picture.
     """
 
     name: str
     kind: Kind
     content: Stored | Slides | Image.Image | np.ndarray
+    is_animation: bool = False
 
     def close(self) -> None:
         if isinstance(self.content, Stored):
@@ -65,11 +70,12 @@ class Medium:
 def open_medium(source: Source, limits: Limits, *, frames_fps: float = 2.0) -> Medium:
     """Open a source and find out what it is.
 
-    Of arrays, uint8 [H, W], [H, W, 3] and [H, W, 4] are images, uint8 [T, H, W, 3] is a video and floats [S] are a
-    sound at 16 kHz. A list or tuple of pictures is a video. Such videos run at `frames_fps`; 2 frames/s is what the
-    official utilities take them for.
+    Of arrays, uint8 [H, W], [H, W, 3] and [H, W, 4] are images and uint8 [T, H, W, 3] is a video. Sound is at 16 kHz:
+    float (full scale at 1), int16 and int32 of shape [S], [C, S] or [S, C], and uint8 [S] (silence at 128). Of two
+    sides the smaller one is the channels, if it is at most 8; channels are averaged. A list or tuple of pictures is a
+    video. Such videos run at `frames_fps`; 2 frames/s is what the official utilities take them for.
 
-    Raises MediaError: missing, unreadable, empty, not a medium, or beyond `limits`.
+    Raises MediaError: missing, unreadable, empty, not a medium, or beyond `limits`; OptionError: an empty path.
     """
     if frames_fps <= 0:
         raise OptionError(f"frames_fps is {frames_fps}, but must be a positive number of frames/s")
@@ -83,37 +89,48 @@ def open_medium(source: Source, limits: Limits, *, frames_fps: float = 2.0) -> M
             return Medium(name, "video", Slides(source, frames_fps))
     with ExitStack() as undo:
         stored = undo.enter_context(open_stored(cast("str", source), limits))
-        medium = Medium(name, _kind(stored, limits), stored)
+        kind, is_animation = _look(stored, limits)
         undo.pop_all()
-    return medium
+    return Medium(name, kind, stored, is_animation)
 
 
 def _open_array(array: np.ndarray, name: str, frames_fps: float) -> Medium:
+    if not array.size:
+        raise MediaError(f"{name} is empty", path=name)
     match array.shape, array.dtype.name:
-        case _ if not array.size:
-            raise MediaError(f"{name} is empty", path=name)
-        case (_,), "float16" | "float32" | "float64":
-            return Medium(name, "audio", array.astype(np.float32))
         case (((_, _) | (_, _, 3) | (_, _, 4)), "uint8"):
             return Medium(name, "image", Image.fromarray(array))
         case (_, _, _, 3), "uint8":
             return Medium(name, "video", Slides(cast("Sequence[Picture]", array), frames_fps))
+        case _, dtype if dtype in PCM_DTYPES and (channels := _channels_first(array)) is not None:
+            return Medium(name, "audio", mix(channels))
     raise MediaError(
         f"{name} is neither image, video nor sound",
         path=name,
-        hint="uint8 [H, W, 3] is an image, uint8 [T, H, W, 3] a video, float [S] in -1..1 a sound at 16 kHz",
+        hint="uint8 [H, W, 3] is an image, uint8 [T, H, W, 3] a video, float in -1..1, int16 or int32 [S] a sound at"
+        f" 16 kHz, or [C, S] with at most {MAX_CHANNELS} channels, fewer than samples",
     )
 
 
-def _kind(stored: Stored, limits: Limits) -> Kind:
+def _channels_first(array: np.ndarray) -> np.ndarray | None:
+    """[S], [C, S] or [S, C] as [C, S]; None where it cannot be told which side is the channels."""
+    if array.ndim == 1:
+        return array[None]
+    if array.ndim != 2 or min(array.shape) > MAX_CHANNELS or array.shape[0] == array.shape[1]:
+        return None
+    return array if array.shape[0] < array.shape[1] else array.T
+
+
+def _look(stored: Stored, limits: Limits) -> tuple[Kind, bool]:
+    """What these bytes are, and whether that is an animated picture."""
     with open_picture(stored, limits) as picture:
         if picture is not None:
-            return "video" if is_animated(picture) else "image"
+            return ("video", True) if is_animated(picture) else ("image", False)
     with open_container(stored) as container:
         if find_track(container, "video") is not None:
-            return "video"
+            return "video", False
         if find_track(container, "audio") is not None:
-            return "audio"
+            return "audio", False
     raise MediaError(f"{stored.name} has neither picture nor sound", path=stored.name, hint="look at it in a player")
 
 
@@ -229,8 +246,13 @@ def _check_heard(medium: Medium, samples: int, start_s: float | None, end_s: flo
     if samples or medium.kind != "audio":
         return
     end = "its end" if end_s is None else f"{end_s:g} s"
-    message = f"{medium.name} has 0 samples of sound between {start_s or 0:g} s and {end}"
-    raise MediaError(message, path=medium.name, hint="start earlier")
+    with _native_sound(medium, None, None) as (rate_hz, blocks):
+        length_s = sum(map(len, blocks)) / rate_hz
+    raise MediaError(
+        f"{medium.name} has 0 samples of sound between {start_s or 0:g} s and {end}: it is {length_s:.2f} s long",
+        path=medium.name,
+        hint="start earlier",
+    )
 
 
 @contextmanager
@@ -241,7 +263,7 @@ def _native_sound(
     if isinstance(medium.content, np.ndarray):
         yield SOUND_RATE_HZ, cut([medium.content], SOUND_RATE_HZ, start_s, end_s)
         return
-    if not isinstance(medium.content, Stored) or medium.kind == "image":
+    if not isinstance(medium.content, Stored) or medium.kind == "image" or medium.is_animation:
         raise _no_sound(medium)
     with open_container(medium.content) as container:
         track = find_track(container, "audio")

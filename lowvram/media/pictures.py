@@ -9,6 +9,7 @@ import itertools
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,17 +29,23 @@ TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, *TOO_LARGE)
 """How Pillow's readers report bytes that they cannot make sense of."""
 
+NOT_THIS_FORMAT = (SyntaxError, IndexError, TypeError, struct.error)
+"""How they report, on opening, that another reader may."""
+
+SIGNATURE_BYTES = 16
+"""What Pillow gives a reader to know its format by."""
+
 
 @contextmanager
 def open_picture(stored: Stored, limits: Limits) -> Iterator[Image.Image | None]:
     """The picture that Pillow sees in these bytes, not yet decoded, or None.
 
-    Raises MediaError: more than `limits.max_source_pixels`, or than Pillow itself allows (`Image.MAX_IMAGE_PIXELS`).
+    Raises MediaError: more than `limits.max_source_pixels`.
     """
     with stored.reader() as file:
         try:
-            picture = Image.open(file, formats=FORMATS)
-        except TOO_LARGE as error:
+            picture = _identify(file)
+        except Image.DecompressionBombError as error:
             raise MediaError(
                 f"{stored.name} is too large a picture: {error}",
                 path=stored.name,
@@ -46,11 +53,30 @@ def open_picture(stored: Stored, limits: Limits) -> Iterator[Image.Image | None]
                 hint="scale it down",
             ) from error
         except DAMAGE:
+            picture = None
+        if picture is None:
             yield None
             return
         with picture:
             check_pixels(stored.name, picture.width, picture.height, limits)
             yield picture
+
+
+def _identify(file: BinaryIO) -> Image.Image | None:
+    """The picture by the first reader of Pillow's that takes it.
+
+    `Image.open` does the same and then applies a bound of Pillow's own: it warns on stderr of pictures that ours
+    allows, and both its bound and Python's filters of warnings are global, where they are the application's.
+    """
+    Image.init()
+    head = file.read(SIGNATURE_BYTES)
+    for name in FORMATS:
+        reader, accepts = Image.OPEN[name]
+        if accepts is None or accepts(head) is True:
+            file.seek(0)
+            with suppress(*NOT_THIS_FORMAT):
+                return reader(file, "")
+    return None
 
 
 def check_pixels(name: str, width: int, height: int, limits: Limits) -> None:

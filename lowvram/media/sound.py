@@ -76,6 +76,11 @@ def to_mono(frame: av.AudioFrame) -> np.ndarray:
     samples = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T
+    return mix(samples)
+
+
+def mix(samples: np.ndarray) -> np.ndarray:
+    """[C, S] of any PCM dtype to float32 [S]: the mean of all channels, full scale at 1. uint8 rests at 128."""
     if samples.dtype.kind == "f":
         return samples.mean(axis=0, dtype=np.float32)
     full_scale = 1 << (8 * samples.itemsize - 1)

@@ -13,6 +13,7 @@ import http.client
 import io
 import os
 import re
+import ssl
 import stat
 import sys
 import tempfile
@@ -30,13 +31,16 @@ from urllib.parse import quote, unquote_to_bytes, urlsplit
 import numpy as np
 from PIL import Image
 
-from ..errors import MediaError
+from ..errors import MediaError, OptionError
 from ..options import Limits
 
-Picture = str | Path | bytes | np.ndarray | Image.Image
+Bytes = bytes | bytearray | memoryview
+"""A whole file in memory."""
+
+Picture = str | Path | Bytes | np.ndarray | Image.Image
 """One still picture, however it is held."""
 
-Source = str | Path | bytes | BinaryIO | np.ndarray | Image.Image | Sequence[Picture]
+Source = str | Path | Bytes | BinaryIO | np.ndarray | Image.Image | Sequence[Picture]
 """What a user may hand in as a medium. A sequence is a video, picture by picture."""
 
 READ_BYTES = 256 * 1024
@@ -115,15 +119,20 @@ class _View(io.RawIOBase):
         return len(piece)
 
 
-def open_stored(source: str | Path | bytes | BinaryIO, limits: Limits) -> Stored:
+def open_stored(source: str | Path | Bytes | BinaryIO, limits: Limits) -> Stored:
     """Open the bytes behind a source; the caller closes the result.
 
     A string that begins with `http://`, `https://`, `file://` or `data:` is an address, `-` is stdin, any other string
     is a path, and a `Path` is always a path. A file object is read from its beginning, in place, if it can be, and
-    otherwise spooled from where it is.
+    otherwise spooled from where it is. Bytes that may change (bytearray, memoryview) are copied.
 
-    Raises MediaError: nothing there, not readable, empty, not answering, or beyond `limits.max_media_bytes`.
+    Raises MediaError: nothing there, not readable, empty, not answering, or beyond `limits.max_media_bytes`;
+    OptionError: a path of 0 characters.
     """
+    if isinstance(source, str) and not source:
+        raise OptionError(
+            "the path of a medium is empty: 0 characters", hint="name a file or an address, or - for stdin"
+        )
     name = source_name(source)
     try:
         stored = _opened(source, name, limits)
@@ -147,18 +156,18 @@ def source_name(source: object) -> str:
             return re.sub("//[^/@]*@", "//", source.partition("?")[0])
         case str() | Path():
             return str(source)
-        case bytes():
-            return f"{len(source)} bytes"
+        case bytes() | bytearray() | memoryview():
+            return f"{memoryview(source).nbytes} bytes"
         case np.ndarray():
             return f"array {list(source.shape)} {source.dtype}"
     name = getattr(source, "name", "")
     return name if isinstance(name, str) and name else type(source).__name__
 
 
-def _opened(source: str | Path | bytes | BinaryIO, name: str, limits: Limits) -> Stored:
+def _opened(source: str | Path | Bytes | BinaryIO, name: str, limits: Limits) -> Stored:
     match source:
-        case bytes():
-            return Stored(io.BytesIO(source), name)
+        case bytes() | bytearray() | memoryview():
+            return Stored(io.BytesIO(bytes(source)), name)
         case "-":
             if sys.stdin is None or sys.stdin.isatty():
                 raise MediaError("stdin has no medium: nothing is piped in", path=name, hint="lowvram run - < clip.mp4")
@@ -226,9 +235,18 @@ def _decode_data_url(url: str, name: str) -> bytes:
     if not head.lower().endswith(";base64"):
         return content
     try:
-        return base64.b64decode(b"".join(content.split()), validate=True)
+        return decode_base64(content)
     except binascii.Error as error:
         raise MediaError(f"{name} is not valid base64: {error}", path=name, hint="encode the file again") from error
+
+
+def decode_base64(text: bytes) -> bytes:
+    """Base64 of either alphabet (RFC 4648, 4 and 5: `+/` or `-_`), padded or not, broken into lines or not.
+
+    Raises binascii.Error for anything else.
+    """
+    letters = b"".join(text.split()).translate(bytes.maketrans(b"-_", b"+/"))
+    return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
 
 
 def _download(url: str, name: str, limits: Limits) -> BinaryIO:
@@ -340,4 +358,6 @@ def _way_out(cause: object) -> str:
             return "check who may read it"
         case TimeoutError():
             return "try again, or raise network_timeout_s"
+        case ssl.SSLCertVerificationError():
+            return "if the server's authority is your own, name its certificate in SSL_CERT_FILE"
     return "check the address, the connection and the space for temporary files"

@@ -28,7 +28,7 @@ _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[a-z]*)\s*", re.IGN
 def parse_bytes(size: str | int) -> int:
     """Bytes of "8GiB", "8G", "8GB", "8192MiB", "8589934592" or 8589934592; fractions of a byte are dropped.
 
-    Raises OptionError for anything else, zero included.
+    Raises OptionError for anything else, zero included, and for a number below 1 MiB written without a unit.
     """
     if isinstance(size, int) and not isinstance(size, bool):
         n_bytes = size
@@ -38,6 +38,9 @@ def parse_bytes(size: str | int) -> int:
         if match is None or unit_bytes is None:
             raise OptionError(f"{size!r} is not a size", hint="write 8GiB, 8GB, 8192MiB or a number of bytes")
         n_bytes = int(Fraction(match["number"]) * unit_bytes)
+        if not match["unit"] and 0 < n_bytes < MIB:
+            unit = "GiB" if n_bytes < KIB else "MiB"
+            raise OptionError(f"{size!r} without a unit is {n_bytes} bytes", hint=f"did you mean {n_bytes}{unit}?")
     if n_bytes < 1:
         raise OptionError(f"{size!r} is {n_bytes} bytes, but a budget is at least 1 byte", hint="for example 8GiB")
     return n_bytes
@@ -69,5 +72,5 @@ class Budget:
 
     @classmethod
     def of(cls, vram: str | int | None = None, ram: str | int | None = None) -> Budget:
-        """A budget from sizes as people write them (see `parse_bytes`)."""
-        return cls(None if vram is None else parse_bytes(vram), None if ram is None else parse_bytes(ram))
+        """A budget from sizes as people write them (see `parse_bytes`); "auto", like None, names no limit."""
+        return cls(*(None if size in (None, "auto") else parse_bytes(size) for size in (vram, ram)))

@@ -54,6 +54,10 @@ class ChatTokenizer:
         """The text of generated ids, special tokens left out; unfinished characters become U+FFFD."""
         return cast(str, self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def tokenize(self, words: str) -> list[int]:
+        """Ids of plain words; special tokens written in them are taken as words."""
+        return cast("list[int]", self._tokenizer.encode(words, add_special_tokens=False, split_special_tokens=True))
+
     def encode(self, chat: Sequence[Message]) -> list[list[int]]:
         """Ids of the chat and of the answer's beginning: the run before the first medium, between media, after the
         last. Media themselves are left out; what opens and closes them is not.
@@ -65,8 +69,7 @@ class ChatTokenizer:
         kinds: list[Kind] = []
         for index, piece in enumerate(self._special.split(self._render(chat, mark))):
             if index % 2 == 0:
-                words = piece.replace(mark, "")
-                runs[-1] += self._tokenizer.encode(words, add_special_tokens=False, split_special_tokens=True)
+                runs[-1] += self.tokenize(piece.replace(mark, ""))
             elif (token := self._tokenizer.convert_tokens_to_ids(piece)) in self._kinds:
                 kinds.append(self._kinds[token])
                 runs.append([])

@@ -6,13 +6,13 @@ whatever cannot be understood is an `OptionError` that names the message and the
 
 from __future__ import annotations
 
-import base64
 import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from ..errors import MediaError, OptionError
+from ..media.sources import Bytes, decode_base64
 from ..options import DEFAULT_SYSTEM_PROMPT, MediaParams
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def read_messages(messages: Sequence[Mapping[str, object]], params: MediaParams)
 
     The reference's system prompt is put in front where no system message leads.
     """
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
+    if isinstance(messages, str | Bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise OptionError(
             "messages must be a list of at least 1 message", hint='such as [{"role": "user", "content": "Hello"}]'
         )
@@ -113,7 +113,7 @@ def _message(message: object, where: str, params: MediaParams) -> Message:
         raise OptionError(f"{where} has the role {role!r}", hint=f"one of: {', '.join(ROLES)}")
     if isinstance(content, str):
         return Message(role, (_text(content, where),))
-    if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
+    if not isinstance(content, Sequence) or isinstance(content, Bytes) or not content:
         raise OptionError(f"{where} has no content", hint="a string, or a list of at least 1 part")
     return Message(role, tuple(_part(part, f"{where}, part {n}", params) for n, part in enumerate(content, start=1)))
 
@@ -196,6 +196,6 @@ def _source(value: object, where: str) -> Source:
     if not isinstance(value.get("data"), str):
         raise OptionError(f"{where} has a source without url or data")
     try:
-        return base64.b64decode(value["data"], validate=True)
+        return decode_base64(value["data"].encode(errors="replace"))
     except binascii.Error as error:
         raise MediaError(f"{where} has data that is not base64: {error}", path=where) from error

@@ -8,6 +8,7 @@ memory does not grow with the length of a clip.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -64,7 +65,14 @@ from .mel import MelRecipe, audio_tokens, log_mel
 from .messages import MediaPart, read_messages
 
 READABLE_AS: Mapping[str, tuple[str, ...]] = {"image": ("image",), "audio": ("audio", "video"), "video": ("video",)}
-"""What a medium may be for each kind of part: the sound of a video is sound, too."""
+"""What a medium may be for each kind of part: the sound of a video is sound, too. The first picture of an animated one
+(GIF, APNG, WebP) is an image."""
+
+TRAINED_PROMPT_TOKENS = 32_768
+"""The longest prompts that the published models were trained on. Their positions reach further, for a frame's tokens
+share theirs."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -166,17 +174,23 @@ class Preprocessor:
         """The text of generated ids, special tokens left out; unfinished characters become U+FFFD."""
         return self._chat.detokenize(ids)
 
+    def tokenize(self, words: str) -> list[int]:
+        """Ids of plain words; special tokens written in them are taken as words."""
+        return self._chat.tokenize(words)
+
     def measure(
         self, messages: Sequence[Mapping[str, Any]], media: MediaParams | None = None, limits: Limits | None = None
     ) -> PromptShape:
         """The shape that the opened prompt will have, in flat memory.
 
-        Of a video one frame is decoded, of a sound its length (see `media.measure_sound`), images whole. Raises as
-        `open` does, but for a prompt beyond a limit, whose shape is the answer to why.
+        Of a video one frame is decoded, of a sound its length (see `media.measure_sound`), images whole. Raises and
+        warns as `open` does, but for a prompt beyond a limit, whose shape is the answer to why.
         """
         with ExitStack() as stack:
             runs, opened = self._open_all(messages, media or MediaParams(), limits or Limits(), stack)
-            return self._shape(self._lay_out(runs, opened), opened)
+            shape = self._shape(self._lay_out(runs, opened), opened)
+            _warn_beyond_training(shape)
+            return shape
 
     @contextmanager
     def open(
@@ -186,6 +200,7 @@ class Preprocessor:
 
         Sounds are decoded here, pictures by `inputs.visuals[i].patches()`. Raises OptionError for messages that make
         no sense or a prompt beyond a limit, MediaError for a medium that cannot be used or takes the prompt there.
+        Logs one warning for a prompt of more than `TRAINED_PROMPT_TOKENS`.
         """
         limits = limits or Limits()
         with ExitStack() as stack:
@@ -193,6 +208,7 @@ class Preprocessor:
             layout = self._lay_out(runs, opened)
             shape = self._shape(layout, opened)
             self._refuse_beyond(shape, limits)
+            _warn_beyond_training(shape)
             yield Prompt(_model_inputs(layout, opened), shape)
 
     def _open_all(
@@ -204,7 +220,8 @@ class Preprocessor:
 
     def _open_part(self, part: MediaPart, limits: Limits, stack: ExitStack) -> _Medium:
         medium = stack.enter_context(open_medium(part.source, limits))
-        if medium.kind not in READABLE_AS[part.kind]:
+        is_first_picture = part.kind == "image" and medium.is_animation
+        if medium.kind not in READABLE_AS[part.kind] and not is_first_picture:
             raise MediaError(
                 f"{part.where} says {part.kind}, but {medium.name} is of kind {medium.kind}", path=medium.name
             )
@@ -307,6 +324,16 @@ class Preprocessor:
             raise _too_long(shape, "max_prompt_tokens", shape.prompt_tokens, limits.max_prompt_tokens)
         if shape.next_position >= self._max_positions:
             raise _too_long(shape, "max_position_embeddings", shape.next_position, self._max_positions)
+
+
+def _warn_beyond_training(shape: PromptShape) -> None:
+    if shape.prompt_tokens > TRAINED_PROMPT_TOKENS:
+        log.warning(
+            "the prompt takes %s tokens, but the model was trained on at most %s: quality is unknown beyond"
+            " (max_pixels and fps make prompts shorter)",
+            f"{shape.prompt_tokens:,}",
+            f"{TRAINED_PROMPT_TOKENS:,}",
+        )
 
 
 def _too_long(shape: PromptShape, limit: str, needed: int, allowed: int) -> LowVRAMError:

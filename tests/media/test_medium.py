@@ -76,6 +76,11 @@ def test_content_says_what_a_medium_is_whatever_its_name(name: str, kind: str, f
         (np.zeros((4, 6, 4), np.uint8), "image"),
         (np.zeros((2, 4, 6, 3), np.uint8), "video"),
         (np.zeros(9, np.float64), "audio"),
+        (np.zeros(9, np.int16), "audio"),
+        (np.zeros(9, np.uint8), "audio"),
+        (np.zeros((8, 9), np.int32), "audio"),
+        (np.zeros((9, 2), np.float32), "audio"),
+        (np.zeros((2, 9), np.uint8), "image"),
     ],
 )
 def test_shape_and_dtype_say_what_an_array_is(array: np.ndarray, kind: str):
@@ -86,8 +91,10 @@ def test_shape_and_dtype_say_what_an_array_is(array: np.ndarray, kind: str):
 @pytest.mark.parametrize(
     "array",
     [
-        np.zeros(9, np.int16),
-        np.zeros((2, 9)),
+        np.zeros(9, np.int64),
+        np.zeros(9, bool),
+        np.zeros((2, 2)),
+        np.zeros((9, 10), np.int16),
         np.zeros((4, 6, 3)),
         np.zeros((2, 3, 4, 6), np.uint8),
         np.zeros((1, 1, 5), np.uint8),
@@ -251,6 +258,23 @@ def test_an_array_is_heard_as_it_is():
     assert np.array_equal(sound_of(samples, 0.25, 0.5), samples[4000:8000].astype(np.float32))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "lowest", "silent"), [("int16", -(2**15), 0), ("int32", -(2**31), 0), ("uint8", 0, 128)]
+)
+def test_whole_numbers_are_heard_on_their_own_scale(dtype: str, lowest: int, silent: int):
+    half = (lowest + silent) // 2
+    assert sound_of(np.array([lowest, half, silent, silent + (silent - half)], dtype)).tolist() == [-1, -0.5, 0, 0.5]
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_channels_of_an_array_are_averaged_whichever_side_they_are(dtype: str):
+    left, right = np.arange(100, dtype=dtype), np.arange(0, 300, 3, dtype=dtype)
+    full_scale = 2**15 if dtype == "int16" else 1
+    mono = (np.arange(100) * 2 / full_scale).astype(np.float32)
+    assert np.array_equal(sound_of(np.stack([left, right])), mono)
+    assert np.array_equal(sound_of(np.stack([left, right], axis=1)), mono)
+
+
 def onset(sound: np.ndarray) -> float:
     return float(np.flatnonzero(np.abs(sound) > 0.1)[0]) / 16_000
 
@@ -283,9 +307,18 @@ def test_a_cut_after_the_end_of_a_sound_is_refused(folder: Path):
     for read in (read_sound, lambda medium, start_s, end_s, limits: measure_sound(medium, start_s, end_s)):
         with (
             open_medium(folder / "tone.wav", LIMITS) as medium,
-            pytest.raises(MediaError, match="0 samples of sound between 2 s and 3 s"),
+            pytest.raises(MediaError, match=r"0 samples of sound between 2 s and 3 s: it is 1\.00 s long"),
         ):
             read(medium, 2.0, 3.0, LIMITS)
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP"])
+def test_an_animation_has_no_sound_to_read(file_format: str):
+    with (
+        open_medium(animation(file_format), LIMITS) as medium,
+        pytest.raises(MediaError, match="a video without sound"),
+    ):
+        read_sound(medium, None, None, LIMITS)
 
 
 @pytest.mark.parametrize("name", ["silent.mp4", "still.png"])

@@ -86,14 +86,40 @@ def test_a_picture_above_the_limit_is_refused_undecoded():
 def test_a_picture_of_20_000_by_20_000_pixels_is_refused_by_its_header():
     header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    with pytest.raises(MediaError, match=r"too large.*400000000 pixels"):
+    with pytest.raises(MediaError, match="20000 x 20000 pixels, where at most 178,956,970"):
         read(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 1000) + b"IDAT" + b"\0" * 1000)
+
+
+def test_a_picture_that_pillows_own_reader_refuses_is_too_large():
+    size = struct.pack("<I", 16_383)[:3]
+    content = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + size + size + b"VP8L" + bytes(12)
+    with pytest.raises(MediaError, match=r"too large a picture: .*268435456 pixels"):
+        read(b"RIFF" + struct.pack("<I", len(content)) + content)
 
 
 def test_a_truncated_picture_is_damaged():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     with pytest.raises(MediaError, match=r"damaged.*truncated"):
         read(saved(Image.fromarray(noise), "JPEG")[:-1000])
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "GIF", "TIFF"])
+def test_pillow_does_not_warn_of_a_picture_that_the_limit_allows(file_format: str, recwarn: pytest.WarningsRecorder):
+    width, height = 10_000, Image.MAX_IMAGE_PIXELS // 10_000 + 1
+    content = saved(Image.new("1", (width, height)), file_format)
+    with open_stored(content, LIMITS) as stored, open_picture(stored, LIMITS) as picture:
+        assert picture.size == (width, height)
+    assert not [warning for warning in recwarn if warning.category is Image.DecompressionBombWarning]
+
+
+def test_the_limit_is_the_callers_and_not_pillows():
+    width, height = 20_000, 2 * Image.MAX_IMAGE_PIXELS // 20_000 + 1
+    content = saved(Image.new("1", (width, height)))
+    with pytest.raises(MediaError, match="20000 x 8948 pixels, where at most 178,956,970 pixels"):
+        read(content)
+    allowed = Limits(max_source_pixels=width * height)
+    with open_stored(content, allowed) as stored, open_picture(stored, allowed) as picture:
+        assert picture.size == (width, height)
 
 
 def test_what_is_no_picture_is_none():

@@ -3,17 +3,20 @@ from __future__ import annotations
 import base64
 import io
 import os
+import shutil
 import socket
+import ssl
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from lowvram.errors import MediaError
+from lowvram.errors import MediaError, OptionError
 from lowvram.media.sources import open_stored, source_name
 from lowvram.options import Limits
 
@@ -120,6 +123,14 @@ def test_a_file_url_is_unescaped(host: str, tmp_path: Path):
     assert read(f"file://{host}{tmp_path.as_posix()}/a%20clip%20%231.mp4") == CONTENT
 
 
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode, base64.encodebytes])
+@pytest.mark.parametrize("ending", [0, 1, 2])
+def test_a_data_url_may_have_either_alphabet_line_breaks_and_no_padding(encode: Callable, ending: int):
+    content = CONTENT[: len(CONTENT) - ending]
+    text = encode(content).decode()
+    assert read(f"data:;base64,{text}") == read(f"data:;base64,{text.rstrip().rstrip('=')}") == content
+
+
 @pytest.mark.parametrize("head", ["data:video/mp4;base64,", "DATA:;base64,"])
 def test_a_data_url_is_decoded(head: str):
     assert read(head + base64.b64encode(CONTENT).decode()) == CONTENT
@@ -130,6 +141,26 @@ def test_a_data_url_is_decoded(head: str):
 def test_a_bad_data_url_says_what_is_wrong_with_it(url: str, reason: str):
     with pytest.raises(MediaError, match=reason):
         read(url)
+
+
+@pytest.mark.parametrize(
+    "source", [CONTENT, bytearray(CONTENT), memoryview(CONTENT), memoryview(CONTENT * 2)[:: 2 * len(CONTENT) // 10_240]]
+)
+def test_bytes_may_be_of_any_kind(source: bytes | bytearray | memoryview):
+    assert read(source) == bytes(source)
+    assert source_name(source) == f"{len(bytes(source))} bytes"
+
+
+def test_bytes_that_change_later_are_read_as_they_were():
+    source = bytearray(CONTENT)
+    with open_stored(source, HASTY) as stored:
+        source[:] = b""
+        assert stored.read_at(0, len(CONTENT)) == CONTENT
+
+
+def test_a_path_of_no_characters_is_an_option_error():
+    with pytest.raises(OptionError, match="the path of a medium is empty: 0 characters"):
+        read("")
 
 
 def test_readers_of_one_medium_do_not_disturb_one_another():
@@ -257,7 +288,22 @@ def test_a_file_that_cannot_be_opened_is_a_media_error(tmp_path: Path):
         read(tmp_path / "file" / "clip.mp4")
 
 
-@pytest.mark.parametrize("source", [b"", "data:,", io.BytesIO()])
+def test_a_file_that_may_not_be_read_is_a_media_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "private.mp4").write_bytes(CONTENT)
+    (tmp_path / "private.mp4").chmod(0)
+    if os.access(
+        tmp_path / "private.mp4", os.R_OK
+    ):  # the superuser may read everything: then refuse as the system does
+
+        def refuse(path: Path, *_: object) -> None:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(MediaError, match=r"private\.mp4: Permission denied \(check who may read it"):
+        read(tmp_path / "private.mp4")
+
+
+@pytest.mark.parametrize("source", [b"", "data:,", bytearray(), io.BytesIO()])
 def test_nothing_at_all_is_refused(source: object):
     with pytest.raises(MediaError, match="is empty: 0 bytes"):
         read(source)
@@ -301,6 +347,65 @@ def test_a_server_that_misbehaves_is_a_media_error_soon(page: str, message: str,
     with pytest.raises(MediaError, match=message):
         read(f"{web}/{page}")
     assert time.monotonic() - started_s < 5
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate authority of our own, ca.pem, and what it vouches for: 127.0.0.1 by server.pem."""
+    if shutil.which("openssl") is None:
+        pytest.skip("certificates are made by the program openssl, which is not here")
+    folder = tmp_path_factory.mktemp("authority")
+    new_key = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj"]
+    (folder / "server.cnf").write_text("subjectAltName=IP:127.0.0.1")
+    for arguments in (
+        [*new_key, "/CN=tests of lowvram", "-x509", "-days", "2", "-keyout", "ca.key", "-out", "ca.pem"],
+        [*new_key, "/CN=127.0.0.1", "-keyout", "server.key", "-out", "server.csr"],
+        [
+            "x509",
+            "-req",
+            "-in",
+            "server.csr",
+            "-CA",
+            "ca.pem",
+            "-CAkey",
+            "ca.key",
+            "-CAcreateserial",
+            "-days",
+            "2",
+            "-extfile",
+            "server.cnf",
+            "-out",
+            "server.pem",
+        ],
+    ):
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secure_web(authority: Path, web: str) -> Iterator[str]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority / "server.pem", authority / "server.key")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"https://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_https_is_downloaded_from_whom_an_authority_in_ssl_cert_file_vouches_for(
+    secure_web: str, authority: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority / "ca.pem"))
+    assert read(f"{secure_web}/clip") == read(f"{secure_web}/moved") == CONTENT
+
+
+def test_https_from_whom_nobody_vouches_for_is_refused(secure_web: str):
+    with pytest.raises(MediaError, match=r"CERTIFICATE_VERIFY_FAILED.*name its certificate in SSL_CERT_FILE"):
+        read(f"{secure_web}/clip")
 
 
 def test_a_server_that_is_not_there_is_a_media_error():

@@ -22,7 +22,7 @@ from lowvram.offload.budget import GIB, KIB, MIB, Budget, format_bytes, parse_by
         (" 7.5 gib ", 8_053_063_680),
         ("0.1GB", 100_000_000),
         ("512k", 512 * 1024),
-        ("42", 42),
+        ("1048576", 2**20),
         ("42B", 42),
         (8589934592, 8589934592),
     ],
@@ -44,7 +44,13 @@ def test_less_than_a_byte_is_refused(size: str | int):
         parse_bytes(size)
 
 
-@given(st.integers(min_value=1, max_value=2**80))
+@pytest.mark.parametrize(("size", "meant"), [("8", "8GiB"), (" 12 ", "12GiB"), ("8192", "8192MiB")])
+def test_a_number_that_lacks_its_unit_is_refused_with_the_likely_one(size: str, meant: str):
+    with pytest.raises(OptionError, match=rf"without a unit is \d+ bytes \(did you mean {meant}\?\)"):
+        parse_bytes(size)
+
+
+@given(st.integers(min_value=MIB, max_value=2**80))
 def test_a_bare_number_is_exact_at_any_size(n_bytes: int):
     assert parse_bytes(str(n_bytes)) == n_bytes
 

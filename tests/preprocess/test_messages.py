@@ -49,6 +49,8 @@ def test_parts_keep_their_order():
         ({"type": "audio", "url": "http://x/a.wav"}, "audio", "http://x/a.wav"),
         ({"type": "audio_url", "audio_url": {"url": "http://x/a.wav"}}, "audio", "http://x/a.wav"),
         ({"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}, "audio", b"RIFF"),
+        ({"type": "input_audio", "input_audio": {"data": "-_-_", "format": "wav"}}, "audio", b"\xfb\xff\xbf"),
+        ({"type": "image", "image": bytearray(b"BM")}, "image", b"BM"),
         ({"type": "video", "video": ["1.png", "2.png"]}, "video", ["1.png", "2.png"]),
         ({"type": "video_url", "video_url": {"url": "http://x/a.mp4"}}, "video", "http://x/a.mp4"),
     ],
@@ -141,6 +143,13 @@ def test_a_part_that_makes_no_sense_is_named(part: dict, complaint: str):
         only_part(part)
 
 
-def test_data_that_is_not_base64_is_a_media_error():
+@pytest.mark.parametrize("data", ["***", "\ud800", "AAAAA"])
+def test_data_that_is_not_base64_is_a_media_error(data: str):
     with pytest.raises(MediaError, match="message 1, part 1 has data that is not base64"):
-        only_part({"type": "input_audio", "input_audio": {"data": "***", "format": "wav"}})
+        only_part({"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})
+
+
+@pytest.mark.parametrize("content", [b"hello", bytearray(b"hello"), memoryview(b"hello")])
+def test_bytes_are_no_words(content: object):
+    with pytest.raises(OptionError, match="message 1 has no content"):
+        read_messages([{"role": "user", "content": content}], DEFAULT)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,54 @@ def test_a_video_shows_frames_spread_over_the_clip_in_order(preprocessor: Prepro
         assert [patches.shape for patches in visual.patches()] == [(20 * 28, 1176)] * 3
 
 
+def bicubic_weights(n_in: int, n_out: int) -> np.ndarray:
+    """[out, in]: Keys' cubic with a = -0.5, stretched over what an output pixel covers, as torch's `antialias=True`."""
+    scale = max(n_in / n_out, 1.0)
+    centres = (np.arange(n_out)[:, None] + 0.5) * n_in / n_out
+    x = np.abs(np.arange(n_in)[None] + 0.5 - centres) / scale
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def unpatchified(patches: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Patches of one temporal patch back to two frames [2, 3, H, W] of normalized pixels, patch by patch."""
+    frames = np.empty((2, 3, rows * 14, columns * 14))
+    places = (
+        (y + dy, x + dx) for y in range(0, rows, 2) for x in range(0, columns, 2) for dy in (0, 1) for dx in (0, 1)
+    )
+    for (row, column), patch in zip(places, patches, strict=True):
+        pixels = patch.reshape(3, 2, 14, 14).swapaxes(0, 1)
+        frames[:, :, row * 14 : row * 14 + 14, column * 14 : column * 14 + 14] = pixels
+    return frames
+
+
+@pytest.mark.parametrize(("max_pixels", "grid"), [(602_112, (18, 30)), (12_544, (6, 10))], ids=["grown", "shrunk"])
+def test_frames_from_decoding_to_patches_are_those_of_the_formula(
+    preprocessor: Preprocessor, tmp_path: Path, max_pixels: int, grid: tuple[int, int]
+):
+    noise = np.random.default_rng(1).integers(0, 256, (8, 138, 222, 3), dtype=np.uint8)
+    path = tmp_path / "noise.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=4, width=222, height=138, pix_fmt="bgr0")
+        for pixels in noise:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    params = MediaParams(min_pixels=min(100_352, max_pixels), max_pixels=max_pixels)
+    with preprocessor.open(user({"type": "video", "video": path}), params) as prompt:
+        (visual,) = prompt.inputs.visuals
+        assert visual.grid == (2, *grid)
+        seen = np.concatenate([unpatchified(patches.double().numpy(), *grid) for patches in visual.patches()])
+    mean, std = (np.array(PREPROCESSOR_CONFIG[key])[None, :, None, None] for key in ("image_mean", "image_std"))
+    levels = (seen * std + mean) * 255
+    shown = noise[[0, 2, 5, 7]].transpose(0, 3, 1, 2).astype(np.float64)
+    exact = bicubic_weights(138, grid[0] * 14) @ shown @ bicubic_weights(222, grid[1] * 14).T
+    # Each level is the formula's value, held in 0..255 and rounded. A place of up to 222 pixels is known to 1e-5 in
+    # float32, where the steepest noise changes by some 255 a pixel: hence 0.01.
+    assert np.abs(levels - levels.round()).max() < 1e-3
+    assert np.abs(levels.round() - exact.clip(0, 255)).max() < 0.5 + 0.01
+
+
 def test_a_cut_shows_and_sounds_only_what_is_inside(preprocessor: Preprocessor, sounding: Path):
     with preprocessor.open(user({"type": "video", "video": sounding, "video_start": 1.0, "video_end": 2.0})) as prompt:
         (visual,), (sound,) = prompt.inputs.visuals, prompt.inputs.audios
@@ -222,6 +271,20 @@ def test_a_part_that_contradicts_its_medium_is_named(preprocessor: Preprocessor,
         preprocessor.measure(user("look", {"type": kind, kind: source}))
 
 
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG"])
+def test_an_animated_picture_given_as_an_image_shows_its_first(preprocessor: Preprocessor, file_format: str):
+    red, blue = (Image.new("RGB", (60, 90), colour) for colour in ("red", "blue"))
+    file = io.BytesIO()
+    red.save(file, file_format, save_all=True, append_images=[blue], duration=200, lossless=True)
+    shown = []
+    for source in (file.getvalue(), red):
+        with preprocessor.open(user({"type": "image", "image": source})) as prompt:
+            (visual,) = prompt.inputs.visuals
+            shown.append(torch.cat(list(visual.patches())))
+            assert visual.grid == (1, 6, 4)
+    assert torch.equal(*shown)
+
+
 def test_an_audio_part_without_sound_is_refused(preprocessor: Preprocessor, silent: Path):
     with pytest.raises(MediaError, match=r"silent\.mkv .* without sound"):
         preprocessor.measure(user({"type": "audio", "audio": silent}))
@@ -254,6 +317,29 @@ def test_positions_not_tokens_are_what_the_checkpoint_bounds(preprocessor: Prepr
         preprocessor.open(user({"type": "audio", "audio": tone(170.0)})),
     ):
         pass
+
+
+def test_a_prompt_longer_than_the_model_was_trained_on_is_warned_of_once(
+    preprocessor: Preprocessor, caplog: pytest.LogCaptureFixture
+):
+    wall = np.zeros((3584, 3584, 3), np.uint8)  # 128 x 128 tokens
+    with preprocessor.open(user(*[{"type": "image", "image": wall}] * 2)) as prompt:
+        tokens = prompt.shape.prompt_tokens
+    assert tokens > 32_768
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"takes {tokens:,} tokens, but the model was trained on at most 32,768" in caplog.text
+
+
+def test_a_prompt_as_long_as_those_of_training_is_not_warned_of(
+    preprocessor: Preprocessor, caplog: pytest.LogCaptureFixture
+):
+    wall = {"type": "image", "image": np.zeros((3584, 3584, 3), np.uint8)}
+    parts = [wall, {**wall, "resized_height": 3528, "resized_width": 3584}]
+    missing = 32_768 - preprocessor.measure(user(*parts)).prompt_tokens
+    assert preprocessor.measure(user(*parts, "x" * missing)).prompt_tokens == 32_768
+    assert not caplog.records
+    preprocessor.measure(user(*parts, "x" * (missing + 1)))
+    assert len(caplog.records) == 1
 
 
 def open_files() -> set[str]:
