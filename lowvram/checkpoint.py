@@ -12,13 +12,13 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from . import hub
-from .errors import CheckpointError
+from .errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,8 +45,22 @@ NUMPY_DTYPE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 @dataclass(frozen=True)
+class TensorHeader:
+    """A tensor as a header describes it, wherever it lies: safetensors' name of its dtype, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """As stored."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: `n_bytes` from `offset` (counted from the start of the file) of `path`, row-major."""
+    """Where a tensor lies: `n_bytes` from `offset` (counted from the start of the file) of `path`, row-major.
+    `file_bytes` is how long the file was when its header was read, where that is known."""
 
     name: str
     path: Path
@@ -54,6 +68,21 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     n_bytes: int
+    file_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What a plan needs of a checkpoint, whether or not it is on this disk: its config.json and its tensors by name.
+
+    `folder` is where all of it lies, None if it is not here; `origin` says in a few words how it is known.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorHeader | TensorEntry]
+    folder: Path | None
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -68,9 +97,8 @@ class Checkpoint:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """`quantization_config`, which tools write at the top or into the thinker's config; None for 16 bit."""
-        thinker = self.config.get("thinker_config") or {}
-        return self.config.get("quantization_config") or thinker.get("quantization_config")
+        """See `quantization_of`."""
+        return quantization_of(self.config)
 
     @property
     def weights_bytes(self) -> int:
@@ -91,14 +119,11 @@ def open_checkpoint(
     `revision` and `on_progress` concern hub ids. Raises CheckpointError for a model that cannot be found or fetched,
     is not a Qwen2.5-Omni, or whose files are missing, damaged or contradict one another.
     """
-    folder = _local_folder(model) or hub.download(str(model), revision, on_progress)
-    config = _read_json(folder / "config.json")
-    if config.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(
-            f"{model} is a model of type {config.get('model_type')!r}, not {MODEL_TYPE!r}",
-            path=str(folder / "config.json"),
-            hint=f"this runtime answers with Qwen2.5-Omni, for instance {DEFAULT_MODEL}",
-        )
+    folder = local_folder(model)
+    if folder is not None and revision is not None:
+        raise OptionError(f"revision {revision} has no effect on the folder {model}", hint="leave it out")
+    folder = folder or hub.download(str(model), revision, on_progress)
+    config = read_config(folder / "config.json", model)
     generation = folder / "generation_config.json"
     return Checkpoint(
         name=str(model),
@@ -109,12 +134,42 @@ def open_checkpoint(
     )
 
 
-def _local_folder(model: str | Path) -> Path | None:
-    """The folder that `model` names, or None if it reads as a hub id (`name` or `owner/name`)."""
-    path = Path(model).expanduser()
-    if path.is_dir():
+def read_config(path: Path, model: str | Path) -> dict[str, Any]:
+    """The config.json of `model`. Raises CheckpointError when it cannot be read or is of another kind of model."""
+    config = _read_json(path)
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"{model} is a model of type {config.get('model_type')!r}, not {MODEL_TYPE!r}",
+            path=str(path),
+            hint=f"this runtime answers with Qwen2.5-Omni, for instance {DEFAULT_MODEL}",
+        )
+    return config
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`quantization_config`, which tools write at the top or into the thinker's config; None for 16 bit."""
+    thinker = config.get("thinker_config") or {}
+    return config.get("quantization_config") or thinker.get("quantization_config")
+
+
+def stored_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype a checkpoint was published in ("float16"), in either spelling of its key."""
+    for place in (config, config.get("thinker_config", {})):
+        name = place.get("dtype") or place.get("torch_dtype")
+        if name:
+            return str(name)
+    return None
+
+
+def local_folder(model: str | Path) -> Path | None:
+    """The folder that `model` names, or None if it reads as a hub id (`name` or `owner/name`).
+
+    Raises CheckpointError for a path to anything else.
+    """
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise CheckpointError(f"{model} is a file, not a model", path=str(path), hint="name the folder it lies in")
     looks_like_id = isinstance(model, str) and re.fullmatch(r"[^./~\\:][^/\\:]*(/[^/\\:]+)?", model)
     if not looks_like_id:
@@ -132,7 +187,7 @@ def read_tensors(folder: Path) -> Mapping[str, TensorEntry]:
     With an index, the files that it lists are read and must hold what it says; without one, every safetensors file is.
     Raises CheckpointError for a missing file or tensor, a tensor stored twice, and anything `read_header` refuses.
     """
-    listed = _read_index(folder / INDEX_FILE)
+    listed = read_index(folder / INDEX_FILE)
     files = dict.fromkeys(listed.values()) if listed else [path.name for path in sorted(folder.glob("*.safetensors"))]
     if not files:
         raise CheckpointError(
@@ -152,8 +207,8 @@ def read_tensors(folder: Path) -> Mapping[str, TensorEntry]:
     return MappingProxyType(tensors)
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name; empty when there is no index."""
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name; empty when there is no index. Raises CheckpointError for one that makes no sense."""
     if not path.exists():
         return {}
     weight_map = _read_json(path).get("weight_map")
@@ -190,7 +245,7 @@ def read_header(path: Path) -> list[TensorEntry]:
     data_start = 8 + header_bytes
     entries = sorted((_entry(name, fields, path, data_start) for name, fields in header.items()), key=_position)
     _check_layout(entries, path, data_start, file_bytes)
-    return entries
+    return [replace(entry, file_bytes=file_bytes) for entry in entries]
 
 
 def _position(entry: TensorEntry) -> tuple[int, int]:
@@ -310,11 +365,16 @@ class TensorReader:
         view = buffer.cast("B")
         assert 0 <= start <= start + len(view) <= entry.n_bytes, (start, len(view), entry)
         try:
-            missing_bytes = self._fill(self._file(entry.path), view, entry.offset + start)
+            file = self._file(entry.path)
+            missing_bytes = self._fill(file, view, entry.offset + start)
+            file_bytes = os.fstat(file.fileno()).st_size
         except OSError as error:
             raise _damaged(entry.path, f"cannot be read at {entry.name}: {error.strerror}", entry.name) from error
         if missing_bytes:
             raise _damaged(entry.path, f"is truncated: {missing_bytes:,} bytes of {entry.name} are missing", entry.name)
+        if entry.file_bytes not in (None, file_bytes):
+            fault = f"was replaced: it has {file_bytes:,} bytes, and had {entry.file_bytes:,} when its header was read"
+            raise _damaged(entry.path, fault, entry.name)
 
     def rows(self, entry: TensorEntry) -> np.memmap:
         """A table [N, H] of floats as a copy-on-write view of its file: only rows that are looked up are read.

@@ -2,7 +2,7 @@
 
 A block knows its bytes before it exists. Its device copy is a single run of bytes; every parameter of its module is a
 view of that run, at an offset that any kernel accepts. A 4-bit linear's parameters are what its backend reads, made
-from the checkpoint's `qweight`, `qzeros` and `scales` on the way in.
+from what the checkpoint stores in their place on the way in.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from .offload.footprint import BLOCK_ALIGNMENT_BYTES
 from .offload.transfer import TORCH_DTYPE, Transfer
 from .quant.linear import AWQLinear
 
-QUANTIZED = ("qweight", "qzeros", "scales")
-"""The stored tensors of one AWQ linear."""
-
 
 @dataclass(frozen=True)
-class Slot:
-    """One parameter's place in a block's run of bytes."""
+class Place:
+    """One parameter's place in a block's run of bytes. `skeleton` [shape] is the parameter without memory."""
 
     owner: nn.Module
     leaf: str
-    shape: torch.Size
+    skeleton: nn.Parameter
     dtype: torch.dtype
     offset: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.skeleton.shape
 
     @property
     def n_bytes(self) -> int:
@@ -67,43 +68,45 @@ class WeightBlock:
         self._prefix = prefix
         self._tensors = tensors
         self._transfer = transfer
-        self._slots = dict(_lay_out(module, dtype))
-        self.n_bytes = max(slot.end for slot in self._slots.values())
+        self._places = dict(_lay_out(module, dtype))
+        self.n_bytes = max(place.end for place in self._places.values())
         self.stored_names = frozenset(self._check_stored())
 
     def fill(self, run: Tensor) -> None:
-        """Read the weights from their files into `run` [n_bytes] uint8, wherever it lies."""
+        """Read the weights from their files into `run` [n_bytes] uint8, on the host at once, on the device in the copy
+        lane. Raises CheckpointError when a file cannot be read; `run` is then partly filled."""
         linears = dict(_quantized_linears(self.module))
-        for path, slot in self._slots.items():
+        for path, place in self._places.items():
             linear = _linear_of(path, linears)
             if linear is None or linear.keeps_stored_layout:
-                self._transfer.load(self._entry(path), slot.view(run))
+                self._transfer.load(self._entry(path), place.view(run))
         for path, linear in linears.items():
             if not linear.keeps_stored_layout:
-                stored = (self._transfer.read(self._entry(f"{path}{leaf}")) for leaf in QUANTIZED)
-                linear.pack(*stored, out={leaf: self._slots[path + leaf].view(run) for leaf in linear.packed_names})
+                stored = [self._transfer.read(self._entry(path + leaf)) for leaf in linear.stored]
+                packed = {leaf: self._places[path + leaf].view(run) for leaf in linear.packed_names}
+                with self._transfer.streams.copying():  # beside computing: no scratch memory of `matmul` may be used
+                    linear.pack(*stored, out=packed)
 
     def bind(self, run: Tensor) -> None:
         """Make the module's parameters views of `run`."""
-        for slot in self._slots.values():
-            slot.owner._parameters[slot.leaf] = nn.Parameter(slot.view(run), requires_grad=False)
+        for place in self._places.values():
+            place.owner._parameters[place.leaf] = nn.Parameter(place.view(run), requires_grad=False)
 
     def unbind(self) -> None:
         """Return the module to a skeleton without memory."""
-        for slot in self._slots.values():
-            empty = torch.empty(slot.shape, dtype=slot.dtype, device="meta")
-            slot.owner._parameters[slot.leaf] = nn.Parameter(empty, requires_grad=False)
+        for place in self._places.values():
+            place.owner._parameters[place.leaf] = place.skeleton
 
     def _check_stored(self) -> Iterator[str]:
         """Names of the stored tensors this block reads, each checked against the skeleton."""
         linears = dict(_quantized_linears(self.module))
-        for path, slot in self._slots.items():
+        for path, place in self._places.items():
             if _linear_of(path, linears) is None:
-                self._check(self._entry(path), tuple(slot.shape))
+                self._check(self._entry(path), tuple(place.shape))
                 yield self._prefix + path
         for path, linear in linears.items():
-            for leaf, shape in linear.stored_shapes.items():
-                self._check(self._entry(path + leaf), shape, integer=leaf != "scales")
+            for leaf, spec in linear.stored.items():
+                self._check(self._entry(path + leaf), spec.shape, None if spec.dtype.is_floating_point else spec.dtype)
                 yield self._prefix + path + leaf
 
     def _entry(self, path: str) -> TensorEntry:
@@ -117,7 +120,7 @@ class WeightBlock:
         return self._tensors[name]
 
     @staticmethod
-    def _check(entry: TensorEntry, shape: tuple[int, ...], integer: bool = False) -> None:
+    def _check(entry: TensorEntry, shape: tuple[int, ...], integer: torch.dtype | None = None) -> None:
         if entry.shape != shape:
             raise CheckpointError(
                 f"tensor {entry.name} in {entry.path.name} has shape {list(entry.shape)}, but config.json makes it"
@@ -127,10 +130,10 @@ class WeightBlock:
                 hint="weights and config.json belong to different models",
             )
         stored = TORCH_DTYPE.get(entry.dtype)
-        if stored is None or (stored is not torch.int32 if integer else not stored.is_floating_point):
+        if stored is None or (stored != integer if integer else not stored.is_floating_point):
             raise CheckpointError(
                 f"tensor {entry.name} in {entry.path.name} is stored as {entry.dtype}, which is not a"
-                f" {'32-bit integer' if integer else 'floating-point'} type",
+                f" {f'{8 * integer.itemsize}-bit integer' if integer else 'floating-point'} type",
                 path=str(entry.path),
                 tensor=entry.name,
             )
@@ -156,7 +159,7 @@ class HostRows:
         self._table = torch.empty(0, self.width, device="cpu")
 
 
-def _lay_out(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Slot]]:
+def _lay_out(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Place]]:
     """Each parameter's place, one after another on aligned offsets; float parameters in the compute dtype, packed
     ones in the dtype their backend chose."""
     offset = 0
@@ -165,9 +168,9 @@ def _lay_out(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Slot]
         for leaf, parameter in owner._parameters.items():
             if parameter is None:
                 continue
-            slot = Slot(owner, leaf, parameter.shape, parameter.dtype if leaf in packed else dtype, offset)
-            yield f"{owner_path}.{leaf}".lstrip("."), slot
-            offset = slot.end
+            place = Place(owner, leaf, parameter, parameter.dtype if leaf in packed else dtype, offset)
+            yield f"{owner_path}.{leaf}".lstrip("."), place
+            offset = place.end
 
 
 def _quantized_linears(module: nn.Module) -> Iterator[tuple[str, AWQLinear]]:

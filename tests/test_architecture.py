@@ -21,7 +21,7 @@ SUBPACKAGES = ("offload", "quant", "token2wav")
 LIGHT = ("errors", "options", "events", "checkpoint", "offload.budget", "offload.footprint", "offload.plan",
          "quant.scheme", "token2wav.windows", "token2wav.ode", "cli")  # fmt: skip
 LIBRARY_ROOMS = ("model", "preprocess.prompt", "kv_cache", "attention", "demo.weights")
-CUDA_ROOMS = ("offload.transfer", "offload.meter", "device")
+CUDA_ROOMS = ("offload.transfer", "offload.streams", "offload.meter", "quant.cuda", "device")
 
 
 def imports(path: Path, *, top_level: bool) -> set[str]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from lowvram.checkpoint import TensorReader, load_speakers, open_checkpoint, read_header, read_tensors
-from lowvram.errors import CheckpointError
+from lowvram.errors import CheckpointError, OptionError
 
 WORD_BYTES = {"F32": 4, "F16": 2, "I32": 4}
 
@@ -422,3 +422,16 @@ def test_a_damaged_or_hostile_voices_file_is_refused(tmp_path, damage, capsys):
     with pytest.raises(CheckpointError, match="does not hold voices that can be loaded safely"):
         load_speakers(path)
     assert capsys.readouterr().out == ""
+
+
+def test_a_file_replaced_by_a_longer_one_is_noticed(tmp_path):
+    path = write_shard(tmp_path / "x.safetensors", {"a": ("F32", [25])})
+    (entry,) = read_header(path)
+    path.write_bytes(path.read_bytes() + b"more")
+    with TensorReader() as reader, pytest.raises(CheckpointError, match="was replaced: it has"):
+        reader.read_into(entry, memoryview(bytearray(100)))
+
+
+def test_a_folder_has_no_revisions(tmp_path):
+    with pytest.raises(OptionError, match="revision main has no effect on the folder"):
+        open_checkpoint(write_omni(tmp_path), revision="main")

@@ -1,39 +1,25 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from toy_blocks import CPU, Shelf
 
-from lowvram.checkpoint import TensorEntry
 from lowvram.offload.footprint import BLOCK_ALIGNMENT_BYTES
+from lowvram.offload.pages import HostPages
+from lowvram.offload.streams import InOrder
 from lowvram.offload.transfer import Transfer
 from lowvram.quant.linear import AWQLinear
 from lowvram.quant.matmul import choose_backend
-from lowvram.quant.packing import pack_awq, unpack_awq
+from lowvram.quant.packing import TensorSpec, pack_awq, unpack_awq
+from lowvram.quant.reference import ReferenceBackend
 from lowvram.weights import HostRows, WeightBlock
 
-CPU = torch.device("cpu")
-
-
-@dataclass
-class Shelf:
-    """Tensors by name, served as a checkpoint's reader would."""
-
-    tensors: dict[str, torch.Tensor]
-
-    def entries(self) -> dict[str, TensorEntry]:
-        kinds = {torch.float32: "F32", torch.float16: "F16", torch.int32: "I32"}
-        return {
-            name: TensorEntry(name, Path("shelf"), kinds[t.dtype], tuple(t.shape), 0, t.nbytes)
-            for name, t in self.tensors.items()
-        }
-
-    def read_into(self, entry: TensorEntry, buffer: memoryview, start: int = 0) -> None:
-        stored = self.tensors[entry.name].reshape(-1).view(torch.uint8).numpy()
-        buffer[:] = stored[start : start + len(buffer)].tobytes()
+GROUP_SIZE = 32
 
 
 def block_of(module: nn.Module, shelf: Shelf, dtype: torch.dtype = torch.float32) -> WeightBlock:
@@ -44,6 +30,16 @@ def block_of(module: nn.Module, shelf: Shelf, dtype: torch.dtype = torch.float32
 def linear() -> tuple[nn.Module, Shelf]:
     shelf = Shelf({"stored.weight": torch.randn(3, 5), "stored.bias": torch.randn(3).half()})
     return nn.Linear(5, 3, device="meta"), shelf
+
+
+def four_bit(weight: torch.Tensor, backend: Any, dtype: torch.dtype) -> tuple[nn.Module, Shelf]:
+    """A module whose child `proj` is a 4-bit linear of (nearly) these weights [N, K]."""
+    stored = dict(zip(("qweight", "qzeros", "scales"), pack_awq(weight, GROUP_SIZE), strict=True))
+    shelf = Shelf({f"stored.proj.{leaf}": tensor for leaf, tensor in stored.items()})
+    parent = nn.Module()
+    n_out, n_in = weight.shape
+    parent.proj = AWQLinear(n_in, n_out, bias=False, group_size=GROUP_SIZE, backend=backend, dtype=dtype)
+    return parent, shelf
 
 
 def load(block: WeightBlock) -> torch.Tensor:
@@ -69,6 +65,15 @@ def test_parameters_are_aligned_views_of_one_run(linear: tuple):
     assert {parameter.untyped_storage().data_ptr() for parameter in module.parameters()} == {run.data_ptr()}
 
 
+def test_a_block_binds_to_a_run_that_has_room_for_more(linear: tuple):
+    """As a slot has, which is made for the largest block of a ring."""
+    module, shelf = linear
+    block, slot = block_of(module, shelf), torch.empty(4096, dtype=torch.uint8)
+    block.fill(slot[: block.n_bytes])
+    block.bind(slot)
+    assert torch.equal(module.weight, shelf.tensors["stored.weight"])
+
+
 def test_an_unbound_module_holds_no_memory(linear: tuple):
     module, shelf = linear
     block = block_of(module, shelf)
@@ -88,14 +93,69 @@ def test_a_block_can_be_loaded_again(linear: tuple):
 
 def test_four_bit_linears_are_packed_on_the_way():
     weight = torch.randn(16, 32)
-    stored = dict(zip(("qweight", "qzeros", "scales"), pack_awq(weight, 32), strict=True))
-    shelf = Shelf({f"stored.proj.{leaf}": tensor for leaf, tensor in stored.items()})
-    backend = choose_backend(CPU, torch.float32, "reference")
-    parent = nn.Module()
-    parent.proj = AWQLinear(32, 16, bias=False, group_size=32, backend=backend, dtype=torch.float32)
+    parent, shelf = four_bit(weight, choose_backend(CPU, torch.float32, "reference"), torch.float32)
     load(block_of(parent, shelf))
     x = torch.randn(4, 32)
-    torch.testing.assert_close(parent.proj(x), x @ unpack_awq(*stored.values(), 32, torch.float32).T)
+    stored = [shelf.tensors[f"stored.proj.{leaf}"] for leaf in ("qweight", "qzeros", "scales")]
+    torch.testing.assert_close(parent.proj(x), x @ unpack_awq(*stored, GROUP_SIZE, torch.float32).T)
+
+
+class Lanes(InOrder):
+    """Knows which lane work is issued to."""
+
+    lane = "compute"
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        self.lane = "copy"
+        yield
+        self.lane = "compute"
+
+
+class Repacking:
+    """A backend whose layout is not AWQ's, so that weights are packed for it; `lanes` notes where that was done."""
+
+    name = "repacking"
+
+    def __init__(self, streams: Lanes) -> None:
+        self._streams = streams
+        self.lanes: list[str] = []
+
+    def layout(self, *sizes: Any) -> dict[str, TensorSpec]:
+        return {f"packed_{leaf}": spec for leaf, spec in ReferenceBackend().layout(*sizes).items()}
+
+    def pack(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, out: Mapping[str, Tensor]) -> None:
+        self.lanes.append(self._streams.lane)
+        for packed, stored in zip(out.values(), (qweight, qzeros, scales), strict=True):
+            packed.copy_(stored.flip(0))
+
+
+@pytest.fixture
+def repacked() -> tuple[WeightBlock, Repacking]:
+    streams = Lanes(apart=True)
+    backend = Repacking(streams)
+    parent, shelf = four_bit(torch.randn(16, 64), backend, torch.float32)
+    transfer = Transfer(shelf, CPU, streams)
+    return WeightBlock("block", parent, "stored.", shelf.entries(), transfer, torch.float32), backend
+
+
+def test_packing_is_issued_to_the_copy_lane(repacked: tuple):
+    block, backend = repacked
+    block.fill(torch.empty(block.n_bytes, dtype=torch.uint8))
+    assert backend.lanes == ["copy"]
+
+
+def test_a_copy_on_the_host_has_the_layout_of_the_device(repacked: tuple):
+    """Packed once, and then sent as it is."""
+    block, backend = repacked
+    pages = HostPages(block.n_bytes, InOrder(apart=True))
+    direct, sent = (torch.zeros(block.n_bytes, dtype=torch.uint8) for _ in range(2))
+    pages.run.zero_()
+    block.fill(direct)
+    block.fill(pages.run)
+    block._transfer.send(pages, sent)
+    assert torch.equal(sent, direct)
+    assert len(backend.lanes) == 2
 
 
 def test_stored_names_are_all_that_a_block_reads(linear: tuple):

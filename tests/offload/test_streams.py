@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from toy_blocks import Shelf, expected, phase, stack
+
+from lowvram.offload.pages import HostPages
+from lowvram.offload.placement import HostTier, Placement, Plan
+from lowvram.offload.residency import Residency
+from lowvram.offload.streams import CudaStreams, Lane, open_streams
+from lowvram.offload.transfer import Transfer
+
+needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+
+
+@pytest.fixture
+def streams() -> Iterator[CudaStreams]:
+    yield CudaStreams(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.parametrize(("device", "apart"), [("cpu", False), ("meta", False), ("lazy", True)])
+def test_only_a_device_with_memory_of_its_own_is_apart(device: str, apart: bool):
+    assert open_streams(torch.device(device)).apart is apart
+
+
+@needs_card
+def test_compute_waits_for_a_copy_that_it_is_told_of(streams: CudaStreams):
+    source = torch.ones(1 << 26, dtype=torch.uint8).pin_memory()
+    target = torch.zeros(1 << 26, dtype=torch.uint8, device="cuda")
+    streams.wait(Lane.COPY, streams.record(Lane.COMPUTE))
+    with streams.copying():
+        target.copy_(source, non_blocking=True)
+    streams.wait(Lane.COMPUTE, streams.record(Lane.COPY))
+    assert int(target[-1]) == 1
+
+
+@needs_card
+def test_pages_are_locked_at_their_exact_size(streams: CudaStreams):
+    pages = HostPages(129 << 20, streams)
+    assert pages.lock()
+    assert pages.run.is_pinned()
+    pages.unlock()
+    assert not pages.run.is_pinned()
+
+
+@needs_card
+def test_a_refused_lock_leaves_no_error_for_the_next_kernel(streams: CudaStreams):
+    pages = torch.zeros(1 << 20, dtype=torch.uint8)
+    assert streams.lock_pages(pages)
+    assert not streams.lock_pages(pages)
+    assert int(torch.ones(1, device="cuda").add_(1)) == 2
+    streams.unlock_pages(pages)
+
+
+@needs_card
+@pytest.mark.parametrize("tier", HostTier)
+def test_layers_that_pass_through_a_card_are_seen_with_their_own_bytes(streams: CudaStreams, tier: HostTier):
+    shelf, device = Shelf(), torch.device("cuda", torch.cuda.current_device())
+    transfer = Transfer(shelf, device, streams, staging_bytes=1 << 20)
+    residency = Residency({"thinker": stack(shelf, transfer, "thinker", [1 << 20] * 8)}, transfer)
+    tiers = {f"thinker.{i}": tier for i in range(8)}
+    residency.prepare(Plan("cuda", None, (), 1, 1, 0, 1, 1, 1, host_tiers=tiers))
+    list(residency.enter(phase({"thinker": 1}, thinker=Placement.STREAMED)))
+    seen = []  # on the card until the end, since to look at a value is to wait for it
+    for _ in range(20):
+        for use in residency.component("thinker"):
+            with use as linear:
+                seen.append(torch.stack(linear.weight.aminmax()))
+    assert torch.stack(seen).tolist() == [[expected("thinker", i)] * 2 for i in range(8)] * 20
+    assert residency.misses == 0
+    residency.release()
