@@ -1,12 +1,8 @@
 #!/usr/bin/env bash
-# What only a CUDA card can show: the card's tests, then peak memory by phase on the demo and, if given, on a
-# checkpoint of full shape (benchmarks/synthetic.py writes one). Results go to benchmarks/results/.
+# One command for a machine with an NVIDIA card and this repository: all that only a card can show, into one file with
+# its card. Without a card: benchmarks/gpu.sh --device cpu goes through the same steps with the demo.
 #
-#   benchmarks/gpu.sh [CHECKPOINT]
+#   benchmarks/gpu.sh [--weights CHECKPOINT] [--only SECTION ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python -m pytest tests/test_cuda.py
-python benchmarks/memory.py --device cuda -o benchmarks/results/memory-demo-cuda.json
-if [ $# -gt 0 ]; then
-    python benchmarks/memory.py --device cuda --model "$1" --vram 8GiB -o benchmarks/results/memory-8gib-cuda.json
-fi
+exec python benchmarks/gpu.py -o "benchmarks/results/gpu.json" "$@"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,9 @@ from .offload.budget import MIB, format_bytes
 CONTEXT_BYTES = 350 * MIB
 """A CUDA context with its loaded kernels, on an Ampere card: already taken when free memory is asked for, and part of
 a plan's reserve."""
+
+HEADROOM_BYTES = 256 * MIB
+CPU_HEADROOM_BYTES = 1024 * MIB
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -26,6 +31,12 @@ class Device:
     torch: torch.device
     title: str
     free_bytes: int
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What to leave to others of what is free, unless a budget is named: a desktop takes more while one works. On
+        a CPU, where the device is the host, also what Python and its libraries hold."""
+        return CPU_HEADROOM_BYTES if self.torch.type == "cpu" else HEADROOM_BYTES
 
 
 def open_device(name: str = "auto") -> Device:
@@ -44,6 +55,35 @@ def open_device(name: str = "auto") -> Device:
     if device.type != "cuda":
         raise OptionError(f"device {name!r} is not supported", hint="auto, cpu, cuda or cuda:0")
     return _cuda(device)
+
+
+class MemoryCap:
+    """Makes tensors beyond a budget an out-of-memory error on CUDA, although the card may have room left.
+
+    On Windows the driver does not raise when a card is full, it moves memory to the host and everything crawls; the cap
+    makes that an error that a plan can act upon. `held_bytes` is what this runtime has in tensors when the cap is made;
+    other tensors of the host application come on top of the budget. Elsewhere nothing happens.
+    """
+
+    def __init__(self, device: torch.device, held_bytes: int) -> None:
+        self._device = device
+        if device.type == "cuda":
+            self._others_bytes = max(0, torch.cuda.memory_reserved(device) - held_bytes)
+            self._total_bytes = torch.cuda.get_device_properties(device).total_memory
+
+    @contextmanager
+    def at(self, budget_bytes: int) -> Iterator[None]:
+        """The cap holds inside; a stricter one that the application has set stays."""
+        if self._device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.get_per_process_memory_fraction(self._device)
+        ours = (self._others_bytes + max(0, budget_bytes - CONTEXT_BYTES)) / self._total_bytes
+        torch.cuda.set_per_process_memory_fraction(min(before, ours), self._device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, self._device)
 
 
 def choose_dtype(name: str, device: torch.device, stored: str | None) -> torch.dtype:

@@ -6,15 +6,16 @@ two seconds of sound within themselves. What is decoded is encoded and forgotten
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .flow import AudioInput, ModelInputs, PromptEmbeds, VisualInput, Weights
+from .flow import Attempt, AudioInput, ModelInputs, PromptEmbeds, VisualInput, Weights, at_once
 from .model import Hearing, Vision
 from .weights import HostRows
 
@@ -28,6 +29,7 @@ class VisionTower:
     vision: Vision
     layers: Weights
     rest: BlockContext
+    attempt: Attempt = at_once
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class AudioTower:
     hearing: Hearing
     layers: Weights
     rest: BlockContext
+    attempt: Attempt = at_once
 
 
 def embed_prompt(inputs: ModelInputs, embed_tokens: HostRows) -> PromptEmbeds:
@@ -51,7 +54,12 @@ def embed_prompt(inputs: ModelInputs, embed_tokens: HostRows) -> PromptEmbeds:
 
 @torch.inference_mode()
 def encode_visuals(
-    visuals: Sequence[VisualInput], tower: VisionTower, embeds: Tensor, *, chunk_patches: int, device: torch.device
+    visuals: Sequence[VisualInput],
+    tower: VisionTower,
+    embeds: Tensor,
+    *,
+    chunk_patches: Callable[[], int],
+    device: torch.device,
 ) -> Iterator[int]:
     """Fill the rows of images and videos in `embeds` [T, H], yielding how many rows each step filled.
 
@@ -60,9 +68,8 @@ def encode_visuals(
     for visual in visuals:
         filled = 0
         for patches, grid in _runs_of_frames(visual, chunk_patches):
-            features = _see(patches.to(device, tower.vision.dtype), grid, tower)
-            rows = visual.rows[filled : filled + len(features)]
-            embeds[rows] = features.to(embeds.device)
+            features = tower.attempt(partial(_see, patches, grid, tower, device))
+            embeds[visual.rows[filled : filled + len(features)]] = features
             filled += len(features)
             yield len(features)
         assert filled == len(visual.rows), f"{filled} features for {len(visual.rows)} placeholders"
@@ -70,39 +77,45 @@ def encode_visuals(
 
 @torch.inference_mode()
 def encode_audios(
-    audios: Sequence[AudioInput], tower: AudioTower, embeds: Tensor, *, chunk_windows: int, device: torch.device
+    audios: Sequence[AudioInput],
+    tower: AudioTower,
+    embeds: Tensor,
+    *,
+    chunk_windows: Callable[[], int],
+    device: torch.device,
 ) -> Iterator[int]:
     """Fill the rows of sounds in `embeds` [T, H], `chunk_windows` windows at a time, yielding rows filled."""
     for audio in audios:
-        filled = 0
-        for mel in audio.mel.split(chunk_windows * tower.hearing.window_frames, dim=1):
-            features = _hear(mel.to(device, tower.hearing.dtype), tower)
-            rows = audio.rows[filled : filled + len(features)]
-            embeds[rows] = features.to(embeds.device)
-            filled += len(features)
+        filled, heard_frames = 0, 0
+        while heard_frames < audio.mel.shape[1]:
+            mel = audio.mel[:, heard_frames : heard_frames + chunk_windows() * tower.hearing.window_frames]
+            features = tower.attempt(partial(_hear, mel, tower, device))
+            embeds[audio.rows[filled : filled + len(features)]] = features
+            filled, heard_frames = filled + len(features), heard_frames + mel.shape[1]
             yield len(features)
         assert filled == len(audio.rows), f"{filled} features for {len(audio.rows)} placeholders"
 
 
-def _runs_of_frames(visual: VisualInput, chunk_patches: int) -> Iterator[tuple[Tensor, tuple[int, int, int]]]:
+def _runs_of_frames(
+    visual: VisualInput, chunk_patches: Callable[[], int]
+) -> Iterator[tuple[Tensor, tuple[int, int, int]]]:
     """Temporal patches gathered into runs of at most `chunk_patches` patches, each with its own grid."""
     _, height, width = visual.grid
-    per_run = max(1, chunk_patches // (height * width))
     run: list[Tensor] = []
     for patch in visual.patches():
         run.append(patch)
-        if len(run) == per_run:
+        if (len(run) + 1) * height * width > chunk_patches():
             yield torch.cat(run), (len(run), height, width)
             run = []
     if run:
         yield torch.cat(run), (len(run), height, width)
 
 
-def _see(patches: Tensor, grid: tuple[int, int, int], tower: VisionTower) -> Tensor:
-    """Features [n, H] of a run of temporal patches [4n, 3*2*14*14], in merge order."""
+def _see(patches: Tensor, grid: tuple[int, int, int], tower: VisionTower, device: torch.device) -> Tensor:
+    """Features [n, H] of a run of temporal patches [4n, 3*2*14*14], in merge order; both on the host."""
     vision, layout = tower.vision, tower.vision.layout(grid)
     with tower.rest as rest:
-        hidden = _by_window(rest.get_submodule("patch_embed")(patches), layout.window_index)
+        hidden = _by_window(rest.get_submodule("patch_embed")(patches.to(device, vision.dtype)), layout.window_index)
     rotary = vision.rotary(hidden, layout.position_ids.to(hidden.device))
     rotary = tuple(_by_window(table, layout.window_index) for table in rotary)
     for index, block in enumerate(tower.layers):
@@ -112,7 +125,7 @@ def _see(patches: Tensor, grid: tuple[int, int, int], tower: VisionTower) -> Ten
             hidden = layer(hidden, cu_seqlens=bounds, position_embeddings=rotary)
     with tower.rest as rest:
         merged = rest.get_submodule("merger")(hidden)
-    return merged[layout.window_index.argsort().to(merged.device)]
+    return merged[layout.window_index.argsort().to(merged.device)].to(patches.device)
 
 
 def _by_window(rows: Tensor, window_index: Tensor) -> Tensor:
@@ -121,11 +134,13 @@ def _by_window(rows: Tensor, window_index: Tensor) -> Tensor:
     return merged[window_index.to(rows.device)].view_as(rows)
 
 
-def _hear(mel: Tensor, tower: AudioTower) -> Tensor:
-    """Features [n, H] of mel frames [128, F] that start on a window boundary."""
+def _hear(mel: Tensor, tower: AudioTower, device: torch.device) -> Tensor:
+    """Features [n, H] of mel frames [128, F] that start on a window boundary; both on the host."""
     window_frames = tower.hearing.window_frames
     with tower.rest as rest:
-        windows = [_convolve(window, rest, tower.hearing.positions) for window in mel.split(window_frames, dim=1)]
+        frames = mel.to(device, tower.hearing.dtype).split(window_frames, dim=1)
+        windows = [_convolve(window, rest, tower.hearing.positions) for window in frames]
+        del frames
     lengths = torch.tensor([0, *(len(window) for window in windows)], device="cpu")
     hidden, bounds = torch.cat(windows), lengths.cumsum(0)
     for block in tower.layers:
@@ -135,7 +150,7 @@ def _hear(mel: Tensor, tower: AudioTower) -> Tensor:
     pairs = hidden[: len(hidden) // 2 * 2].view(-1, 2, hidden.shape[1])
     with tower.rest as rest:
         normed = rest.get_submodule("ln_post")((pairs[:, 0] + pairs[:, 1]) / 2)
-        return rest.get_submodule("proj")(normed)
+        return rest.get_submodule("proj")(normed).to(mel.device)
 
 
 def _convolve(mel: Tensor, rest: nn.Module, positions: Tensor) -> Tensor:

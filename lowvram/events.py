@@ -43,8 +43,13 @@ class AudioChunk:
 class Finished:
     """The turn's summary, always the last event of a turn that was not closed early.
 
-    `speech_finish_reason` is None when no speech was asked for. `timings` are seconds (`load`, `encode`, `ttft`,
-    `text`, `audio_ttfp`, `speech`, `total`); `memory` is bytes by phase and how they were counted.
+    `speech_finish_reason` is None when no speech was asked for. `audio_rtf` is the time that speech took, from its
+    first code to its last sample, by its length (None without sound; below 1 is faster than real time), and
+    `audio_underrun_s` the silence that a listener met who began with the first sound.
+
+    `timings` are seconds: spent in all on `load`, `encode`, `prefill`; and since the turn began at the first word
+    (`ttft`) and the last token (`text`), the talker's beginning (`talk`) and its last code (`codes`), the first sound
+    (`audio_ttfp`) and the last (`speech`), and the end (`total`). `memory` is bytes by phase and how they were counted.
     """
 
     text: str
@@ -55,6 +60,8 @@ class Finished:
     speech_finish_reason: FinishReason | None
     audio_s: float
     sample_rate_hz: int
+    audio_rtf: float | None = None
+    audio_underrun_s: float = 0.0
     timings: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, object] = field(default_factory=dict)
 

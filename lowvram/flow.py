@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,21 @@ class ThinkerStep:
 
     token_id: int
     reply_row: Tensor | None
+
+
+class Attempt(Protocol):
+    """How a stage gets a step done: everything it computes on the device goes through here, no block in use before.
+
+    The step may wait, may find its weights elsewhere than the last one did, and is computed again after `undo` where
+    the device ran out in the middle of it.
+    """
+
+    def __call__(self, step: Callable[[], T], undo: Callable[[], object] = ...) -> T: ...
+
+
+def at_once(step: Callable[[], T], undo: Callable[[], object] = lambda: None) -> T:
+    """The plainest way: nothing is waited for and nothing is tried twice."""
+    return step()
 
 
 class Weights(Protocol):

@@ -1,4 +1,4 @@
-"""OmniRuntime: open a checkpoint, plan a turn, generate an answer, cancel it, close.
+"""OmniRuntime: open a checkpoint, plan a turn, generate an answer, make room for others, close.
 
 Data flows media -> prompt -> rows -> thinker -> talker -> token2wav -> events (`turn.py`); control flows budget ->
 footprint -> plan -> residency. Here they are made and handed to each other.
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, load_speakers, open_checkpoint
-from .device import Device, choose_dtype, open_device
+from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, load_speakers, open_checkpoint, stored_dtype
+from .device import Device, MemoryCap, choose_dtype, open_device
 from .errors import LowVRAMError, OptionError
 from .events import Event
 from .model import OmniModel, build_model
@@ -29,6 +30,7 @@ from .offload.residency import Residency
 from .options import Limits, MediaParams, SamplingParams, SpeechParams
 from .preprocess import Preprocessor, PromptShape
 from .quant.matmul import choose_backend
+from .room import Control
 from .token2wav.ode import solver_stages, time_grid
 from .token2wav.stream import Speaker
 from .token2wav.windows import chunk_codes
@@ -37,6 +39,9 @@ from .turn import Machine, Request, Turn, Voice
 Messages = Sequence[Mapping[str, Any]]
 DEFAULT_SPEECH = SpeechParams()
 """Speak if the checkpoint can, with its first voice."""
+
+RECITING = "Read the following text aloud, word for word."
+"""What `speak` lets the user ask, so that the reply is what a model would expect to say."""
 
 
 class OmniRuntime:
@@ -70,7 +75,10 @@ class OmniRuntime:
         self.preprocessor = preprocessor
         self._footprint = footprint
         self._answering = threading.Lock()
-        self._cancel = threading.Event()
+        self._stepping = threading.Lock()
+        self._control = Control(budget)
+        self._turn: Turn | None = None
+        self._released = False
         self._closed = False
 
     @classmethod
@@ -79,6 +87,7 @@ class OmniRuntime:
         model: str | Path = DEFAULT_MODEL,
         *,
         vram: str | int | None = None,
+        ram: str | int | None = None,
         device: str | Device = "auto",
         dtype: str = "auto",
         kernel: str | None = None,
@@ -89,13 +98,15 @@ class OmniRuntime:
     ) -> OmniRuntime:
         """Open a checkpoint: a hub id, a folder, or `demo`.
 
-        `vram` is the budget ("8GiB"; None takes what is free on the device, a CPU's RAM included). `meter` notes
-        memory by phase; by default a GPU's allocator does. Raises CheckpointError, BackendError, OptionError.
+        `vram` is the budget ("8GiB"; None or "auto" takes what is free on the device, a CPU's RAM included, less some
+        headroom for others). `ram` bounds what the process keeps on the host; without it, weights wait in their files.
+        `meter` notes memory by phase; by default a GPU's allocator does. Raises CheckpointError, BackendError,
+        OptionError.
         """
-        asked = Budget.of(vram)
+        asked = Budget.of(vram, ram)
         opened = device if isinstance(device, Device) else open_device(device)
         checkpoint = open_checkpoint(_demo_or(model), revision=revision, on_progress=on_download)
-        compute = choose_dtype(dtype, opened.torch, _stored_dtype(checkpoint))
+        compute = choose_dtype(dtype, opened.torch, stored_dtype(checkpoint.config))
         backend = choose_backend(opened.torch, compute, kernel)
         with ExitStack() as opening:
             reader = opening.enter_context(TensorReader())
@@ -107,7 +118,8 @@ class OmniRuntime:
             opening.pop_all()  # all is well: the reader stays open until `close`
         machine = Machine(
             model=built,
-            residency=Residency(built.components, opened.torch, built.transfer.trim),
+            residency=Residency(built.components, built.transfer),
+            trim=built.transfer.trim,
             device=opened.torch,
             meter=meter or open_meter(opened.torch),
             stop_ids=_stop_ids(checkpoint, preprocessor),
@@ -152,7 +164,7 @@ class OmniRuntime:
         self._require_open()
         voice = self._choose_voice(speech)
         shape = self.measure(messages or [{"role": "user", "content": "?"}], media=media)
-        return self._plan(shape, sampling or SamplingParams(), speech if voice else None)
+        return self._plan(self._workload(shape, sampling or SamplingParams(), speech if voice else None), self.budget)
 
     def generate(
         self,
@@ -169,14 +181,58 @@ class OmniRuntime:
         are checked here, at the call; media and budget when the first event is asked for.
         """
         self._require_open()
-        self._require_idle()
         voice = self._choose_voice(speech)
-        self._cancel = threading.Event()  # each turn its own, so that cancelling before its first event counts
-        return self._generate(messages, sampling or SamplingParams(), speech or DEFAULT_SPEECH, voice, media)
+        return self._begin(messages, sampling or SamplingParams(), speech or DEFAULT_SPEECH, voice, media)
+
+    def speak(self, text: str, *, speech: SpeechParams = DEFAULT_SPEECH) -> Generator[Event, None, None]:
+        """Read `text` aloud: the events of an answer whose words are given.
+
+        The thinker reads them as its reply to being asked for just that, and the talker speaks from what it made of
+        them. Raises OptionError for a text without words or a checkpoint without voices, and what `generate` raises.
+        """
+        self._require_open()
+        ids = self.preprocessor.tokenize(text)
+        if not text.strip() or not ids:
+            raise OptionError(f"there is nothing to say in {text!r}: 0 words", hint="give a sentence")
+        voice = self._choose_voice(replace(speech))  # a copy, so that a checkpoint without voices is refused
+        messages = [{"role": "user", "content": f"{RECITING}\n\n{text}"}]
+        reply = (*ids, min(self.stop_ids))
+        return self._begin(messages, SamplingParams(max_tokens=len(reply)), speech, voice, None, reply)
 
     def cancel(self) -> None:
         """End the answer in the making at its next step, from any thread; without one, nothing happens."""
-        self._cancel.set()
+        self._control.cancel()
+
+    def set_budget(self, vram: str | int | None) -> None:
+        """Stay within another VRAM budget from the next step on, this turn and later; None is what is free.
+
+        From any thread. An answer in the making goes on and says what it would have said. Raises
+        InfeasibleBudgetError, and changes nothing, when what is left of it cannot run in so little.
+        """
+        self._require_open()
+        budget = _granted(replace(Budget.of(vram), ram_bytes=self.budget.ram_bytes), self.device)
+        turn = self._turn
+        if turn is not None:
+            turn.request.replan(budget, turn.room.stages_left)
+        self.budget = budget
+        self._control.set_budget(budget)
+        self._adapt()
+
+    def release(self) -> None:
+        """Give the device back until `resume`, from any thread: for a game, say.
+
+        An answer in the making drops its weights and takes its KV cache to the host at its next step, at once if
+        nobody is asking for its next event; its iterator waits meanwhile. Without one, resident weights leave now.
+        """
+        self._require_open()
+        self._released = True
+        self._control.release()
+        self._adapt()
+
+    def resume(self) -> None:
+        """Take the device again; an answer that waited goes on as if nothing had been."""
+        self._released = False
+        self._control.resume()
 
     def close(self) -> None:
         """Free the device and close the checkpoint's files, from any thread; closing twice is fine.
@@ -184,7 +240,7 @@ class OmniRuntime:
         An answer in the making is cancelled, and frees the device when it ends.
         """
         self._closed = True
-        self._cancel.set()
+        self._control.cancel()
         if self._answering.acquire(blocking=False):
             try:
                 self._free()
@@ -199,6 +255,21 @@ class OmniRuntime:
     ) -> None:
         self.close()
 
+    def _begin(
+        self,
+        messages: Messages,
+        sampling: SamplingParams,
+        speech: SpeechParams,
+        voice: Voice | None,
+        media: MediaParams | None,
+        reply: tuple[int, ...] | None = None,
+    ) -> Generator[Event, None, None]:
+        """A turn that begins when its first event is asked for."""
+        self._require_idle()
+        self._require_present()
+        self._control = Control(self.budget)  # each turn its own, so that cancelling before its first event counts
+        return self._generate(messages, sampling, speech, voice, media, reply)
+
     def _generate(
         self,
         messages: Messages,
@@ -206,29 +277,66 @@ class OmniRuntime:
         speech: SpeechParams,
         voice: Voice | None,
         media: MediaParams | None,
+        reply: tuple[int, ...] | None,
     ) -> Generator[Event, None, None]:
         self._require_open()
         if not self._answering.acquire(blocking=False):
             self._require_idle()
-        cancel = self._cancel
+        control = self._control
         try:
             started_s = time.perf_counter()
             with self.preprocessor.open(messages, media or MediaParams(), self.limits) as prompt:
-                plan = self._plan(prompt.shape, sampling, speech if voice else None)
-                request = Request(prompt.inputs, plan, sampling, speech, voice)
-                yield from Turn(self._machine, request, cancel.is_set, started_s).run()
+                workload = self._workload(prompt.shape, sampling, speech if voice else None)
+                replan = partial(self._plan, workload)
+                request = Request(prompt.inputs, replan(self.budget), replan, sampling, speech, voice, reply)
+                yield from self._steps(Turn(self._machine, request, control, started_s))
         finally:
             self._answering.release()
             if self._closed:
                 self.close()
 
-    def _plan(self, shape: PromptShape, sampling: SamplingParams, speech: SpeechParams | None) -> Plan:
+    def _steps(self, turn: Turn) -> Generator[Event, None, None]:
+        """A turn's events; between two of them other threads may change where its weights are."""
+        self._turn = turn
+        events = turn.run()
+        try:
+            cap = MemoryCap(self.device.torch, self._machine.residency.live_bytes)
+            while (event := self._next(events, cap)) is not None:
+                yield event
+        finally:
+            with self._stepping:
+                self._turn = None
+                events.close()
+
+    def _next(self, events: Iterator[Event], cap: MemoryCap) -> Event | None:
+        assert self.budget.vram_bytes is not None, "what is granted is a number"
+        with self._stepping, cap.at(self.budget.vram_bytes):
+            return next(events, None)
+
+    def _adapt(self) -> None:
+        """Let a change take effect now, unless a step is being computed: then its turn heeds it afterwards."""
+        if self._stepping.acquire(blocking=False):
+            try:
+                if self._turn is not None:
+                    self._turn.room.adapt()
+                elif self._released:
+                    self._machine.residency.release()
+            finally:
+                self._stepping.release()
+
+    def _plan(self, workload: Workload, budget: Budget, begun: tuple[str, ...] = ()) -> Plan:
+        device = self.device.torch.type
+        return plan_memory(self._footprint, budget, self.limits, workload, device=device, begun=begun)
+
+    def _workload(self, shape: PromptShape, sampling: SamplingParams, speech: SpeechParams | None) -> Workload:
         workload = Workload(
             prompt_tokens=shape.prompt_tokens,
             visual_patches=shape.largest_visual_patches,
             visuals=sum(times for times, _, _ in shape.grids),
             audio_windows=shape.audio_windows,
             text_tokens=sampling.max_tokens,
+            grids=shape.grids,
+            kv=self.limits.kv,
         )
         if speech:
             workload = replace(
@@ -237,7 +345,7 @@ class OmniRuntime:
                 speech_chunk_codes=chunk_codes(speech.chunk_s),
                 ode_evaluations=len(solver_stages(speech.solver, time_grid(speech.steps))),
             )
-        return plan_memory(self._footprint, self.budget, self.limits, workload, device=self.device.torch.type)
+        return workload
 
     def _choose_voice(self, speech: SpeechParams | None) -> Voice | None:
         if speech is None or (speech is DEFAULT_SPEECH and not self._voices):
@@ -260,6 +368,10 @@ class OmniRuntime:
                 "this runtime is already making 1 answer", hint="finish or close its iterator, or open a second runtime"
             )
 
+    def _require_present(self) -> None:
+        if self._released:
+            raise LowVRAMError("this runtime has released its device", hint="call resume() first")
+
     def _require_open(self) -> None:
         if self._closed:
             raise LowVRAMError("this runtime is closed", hint="open another one")
@@ -271,15 +383,6 @@ def _demo_or(model: str | Path) -> str | Path:
     from .demo import demo_folder
 
     return demo_folder()
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> str | None:
-    """The dtype a checkpoint was published in, in either spelling of its key."""
-    for config in (checkpoint.config, checkpoint.config.get("thinker_config", {})):
-        name = config.get("dtype") or config.get("torch_dtype")
-        if name:
-            return str(name)
-    return None
 
 
 def _read_voices(checkpoint: Checkpoint) -> dict[str, Voice]:
@@ -300,5 +403,8 @@ def _stop_ids(checkpoint: Checkpoint, preprocessor: Preprocessor) -> frozenset[i
 
 
 def _granted(asked: Budget, device: Device) -> Budget:
-    """The budget asked for, but never more than is free: a plan must hold now, not on an empty machine."""
-    return Budget(min(asked.vram_bytes or device.free_bytes, device.free_bytes))
+    """The budget asked for, but never more than is free: a plan must hold now, not on an empty machine. Where none is
+    named, some of what is free is left to others."""
+    free_bytes = device.free_bytes
+    wanted_bytes = asked.vram_bytes or max(1, free_bytes - device.headroom_bytes)
+    return Budget(min(wanted_bytes, free_bytes), asked.ram_bytes)

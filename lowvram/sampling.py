@@ -7,7 +7,7 @@ The order and the meaning of each filter are those of the modelling library's `g
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,20 @@ from .options import SamplingParams
 
 COLDEST = torch.finfo(torch.float32).tiny
 """Below it a temperature would be 0 in float32, above its inverse infinite; the draw is the same already at these."""
+
+
+Choice = Callable[[Tensor], int]
+"""What turns logits [V] into the next id: a `Sampler`, or a `Recitation`."""
+
+
+class Recitation:
+    """Stands where a sampler does, for a reply that is known beforehand: gives its ids in order, whatever is likely."""
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        self._ids = iter(ids)
+
+    def __call__(self, logits: Tensor) -> int:
+        return next(self._ids)
 
 
 class Sampler:
@@ -43,11 +57,17 @@ class Sampler:
             self._seen[seen.to(device)] = True
 
     def __call__(self, logits: Tensor) -> int:
-        """Draw the next id from logits [V] of any float dtype."""
-        scores = self._filtered(logits.float())
-        token = scores.argmax() if self._params.greedy else self._draw(scores)
-        self._seen[token] = True
-        return int(token)
+        """Draw the next id from logits [V] of any float dtype. A draw that fails is as if it had not been tried."""
+        before = self._generator.get_state()
+        try:
+            scores = self._filtered(logits.float())
+            token = scores.argmax() if self._params.greedy else self._draw(scores)
+            token_id = int(token)
+            self._seen[token] = True
+        except RuntimeError:
+            self._generator.set_state(before)
+            raise
+        return token_id
 
     def distribution(self, logits: Tensor) -> Tensor:
         """Probabilities [V] float32 from which `__call__` draws (one-hot when greedy)."""

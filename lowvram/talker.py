@@ -6,15 +6,16 @@ same as if it had waited. When the reply ends, an end row and then a pad row, re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, repeat
 
 import torch
 from torch import Tensor, nn
 
-from .flow import PromptEmbeds, ThinkerStep, Weights
+from .flow import Attempt, PromptEmbeds, ThinkerStep, Weights, at_once
 from .kv_cache import KVCache
 from .model import CodecIds, Speech
 from .sampling import Sampler
@@ -27,6 +28,7 @@ class Talker:
     speech: Speech
     layers: Weights
     rest: AbstractContextManager[nn.Module]
+    attempt: Attempt = at_once
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def talk(
     cache: KVCache,
     sampler: Sampler,
     *,
-    chunk_tokens: int,
+    chunk_tokens: Callable[[], int],
     max_codes: int,
     device: torch.device,
 ) -> Iterator[int]:
@@ -63,7 +65,7 @@ def talk(
     hidden = _read_prompt(talker, prompt, prompt_rows, text_rows.begin, first, cache, chunk_tokens, device)
     rows = chain(reply, (text_rows.end,), repeat(text_rows.pad))
     for index in range(max_codes):
-        code = _draw(talker, hidden, sampler)
+        code = talker.attempt(partial(_draw, talker, hidden, sampler))
         if code in (talker.speech.codec_ids.pad, talker.speech.codec_ids.end):
             return
         yield code
@@ -71,7 +73,7 @@ def talk(
             return
         row = talker.speech.codec_embed(torch.tensor([code], device="cpu")) + next(rows)
         position = torch.full((3, 1), prompt.next_position + 2 + index, device="cpu")
-        hidden = _forward(talker, row.to(device), position, cache)
+        hidden = _read(talker, row, position, cache, device)
 
 
 def seen_by_penalty(ids: CodecIds) -> Tensor:
@@ -86,23 +88,29 @@ def _read_prompt(
     begin: Tensor,
     first: Tensor,
     cache: KVCache,
-    chunk_tokens: int,
+    chunk_tokens: Callable[[], int],
     device: torch.device,
 ) -> Tensor:
     """Read prompt, beginning and first reply row; return the hidden state that draws the first code."""
     ids = talker.speech.codec_ids
     pad, start = talker.speech.codec_embed(torch.tensor([ids.pad, ids.start], device="cpu"))
     frame = torch.stack([begin + pad, first + start])
-    for rows in torch.arange(len(prompt_rows), device="cpu").split(chunk_tokens):
-        _forward(talker, prompt_rows[rows].to(device), prompt.position_ids[:, rows], cache)
+    while (done := cache.get_seq_length()) < len(prompt_rows):
+        rows = slice(done, min(done + chunk_tokens(), len(prompt_rows)))
+        _read(talker, prompt_rows[rows], prompt.position_ids[:, rows], cache, device)
     positions = torch.arange(2, device="cpu").expand(3, 2) + prompt.next_position
-    return _forward(talker, frame.to(device), positions, cache)
+    return _read(talker, frame, positions, cache, device)
 
 
-def _forward(talker: Talker, rows: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
+def _read(talker: Talker, rows: Tensor, position_ids: Tensor, cache: KVCache, device: torch.device) -> Tensor:
     """Hidden state [1, D] of the last of `rows` [n, H], which join the cache at positions [3, n]."""
+    step = partial(_forward, talker, rows, position_ids, cache, device)
+    return talker.attempt(step, partial(cache.rewind, cache.get_seq_length()))
+
+
+def _forward(talker: Talker, rows: Tensor, position_ids: Tensor, cache: KVCache, device: torch.device) -> Tensor:
     with talker.rest as rest:
-        hidden = rest.get_submodule("thinker_to_talker_proj")(rows).unsqueeze(0)
+        hidden = rest.get_submodule("thinker_to_talker_proj")(rows.to(device)).unsqueeze(0)
     rotary = talker.speech.decoder.rotary(hidden, position_ids.to(hidden.device).unsqueeze(1))
     for block in talker.layers:
         with block as layer:

@@ -6,17 +6,18 @@ only what the talker reads is kept, on the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .flow import PromptEmbeds, ThinkerStep, Weights
+from .flow import Attempt, PromptEmbeds, ThinkerStep, Weights, at_once
 from .kv_cache import KVCache
 from .model import Decoder
-from .sampling import Sampler
+from .sampling import Choice
 from .weights import HostRows
 
 
@@ -29,6 +30,7 @@ class Thinker:
     rest: AbstractContextManager[nn.Module]
     lm_head: AbstractContextManager[nn.Module]
     embed_tokens: HostRows
+    attempt: Attempt = at_once
 
 
 @dataclass(frozen=True)
@@ -45,26 +47,34 @@ def prefill(
     prompt: PromptEmbeds,
     cache: KVCache,
     *,
-    chunk_tokens: int,
+    chunk_tokens: Callable[[], int],
     talker_rows: Tensor | None,
     device: torch.device,
 ) -> Iterator[int | Prefilled]:
-    """Read the prompt in chunks, yielding the tokens done after each and, last, a `Prefilled`.
+    """Read the prompt in chunks, each as large as is allowed then, yielding the tokens done and, last, a `Prefilled`.
 
     `talker_rows` [T, H] on the host, if given, receives the talker's view of each prompt row: its embedding (zero for
     media, as the reference has it) plus the final hidden state.
     """
-    hidden = torch.empty(0, device="cpu")
-    total = len(prompt.embeds)
-    for start in range(0, total, chunk_tokens):
-        rows = slice(start, min(start + chunk_tokens, total))
+    total, done = len(prompt.embeds), 0
+
+    def read_chunk() -> tuple[Tensor, Tensor | None]:
+        """The last row's final hidden state [1, H] and, if the talker needs them, all rows' [n, H] on the host."""
+        rows = slice(done, min(done + chunk_tokens(), total))
         embeds = prompt.embeds[rows].to(device).unsqueeze(0)
         hidden = _forward(thinker, embeds, prompt.position_ids[:, rows], cache)[0]
-        if talker_rows is not None:
+        # A view of the last row would hold the whole chunk.
+        return hidden[-1:].clone(), None if talker_rows is None else hidden.to(talker_rows.device)
+
+    while done < total:
+        last, hidden = thinker.attempt(read_chunk, partial(cache.rewind, done))
+        rows = slice(done, cache.get_seq_length())
+        if talker_rows is not None and hidden is not None:
             text = prompt.embeds[rows].masked_fill(prompt.is_media[rows].unsqueeze(1), 0)
-            talker_rows[rows] = text + hidden.to(talker_rows.device)
-        yield rows.stop
-    yield Prefilled(hidden[-1:].clone(), prompt.next_position)  # a view would hold the whole chunk
+            talker_rows[rows] = text + hidden
+        done = rows.stop
+        yield done
+    yield Prefilled(last, prompt.next_position)
 
 
 @torch.inference_mode()
@@ -72,7 +82,7 @@ def decode(
     thinker: Thinker,
     prefilled: Prefilled,
     cache: KVCache,
-    sampler: Sampler,
+    choose: Choice,
     *,
     stop_ids: frozenset[int],
     max_tokens: int,
@@ -83,15 +93,28 @@ def decode(
     """
     hidden = prefilled.last
     for index in range(max_tokens):
-        with thinker.lm_head as head:
-            token_id = sampler(head(hidden)[0])
+        token_id = thinker.attempt(partial(_draw, thinker, hidden, choose))
         if token_id in stop_ids or index == max_tokens - 1:
             yield ThinkerStep(token_id, None)
             return
         embed = thinker.embed_tokens(torch.tensor([token_id], device="cpu"))
         position = torch.full((3, 1), prefilled.next_position + index, device="cpu")
-        hidden = _forward(thinker, embed.to(hidden.device).unsqueeze(0), position, cache)[0]
-        yield ThinkerStep(token_id, embed[0] + hidden[0].to(embed.device))
+        read = partial(_read_token, thinker, embed, position, cache, hidden.device)
+        hidden, on_host = thinker.attempt(read, partial(cache.rewind, cache.get_seq_length()))
+        yield ThinkerStep(token_id, embed[0] + on_host[0])
+
+
+def _draw(thinker: Thinker, hidden: Tensor, choose: Choice) -> int:
+    with thinker.lm_head as head:
+        return choose(head(hidden)[0])
+
+
+def _read_token(
+    thinker: Thinker, embed: Tensor, position: Tensor, cache: KVCache, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The final hidden state [1, H] of one more row, on the device and on the host."""
+    hidden = _forward(thinker, embed.to(device).unsqueeze(0), position, cache)[0]
+    return hidden, hidden.to(embed.device)
 
 
 def _forward(thinker: Thinker, hidden: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:

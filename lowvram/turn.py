@@ -8,11 +8,13 @@ codec ids) waits on the host for the next phase: that is the only difference a s
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,17 +26,22 @@ from .errors import BudgetExceededError
 from .events import AudioChunk, Event, Finished, FinishReason, Progress, TextDelta
 from .flow import ModelInputs, ThinkerStep
 from .kv_cache import KVCache
-from .model import OmniModel
+from .model import Decoder, OmniModel
 from .offload.budget import format_bytes
 from .offload.meter import Meter
 from .offload.plan import Phase, Plan
+from .offload.profile import DEVICE_ALLOCATOR, MemoryProfile
 from .offload.residency import Residency
 from .options import SamplingParams, SpeechParams
-from .sampling import Sampler
+from .pacing import Lookahead, Playback
+from .room import Cancelled, Control, Replan, Room
+from .sampling import Choice, Recitation, Sampler
 from .talker import Talker, TextRows, seen_by_penalty, talk
 from .thinker import Prefilled, Thinker, decode, prefill
 from .token2wav.stream import Speaker, decode_speech
 from .token2wav.windows import SAMPLE_RATE_HZ
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,12 @@ class Voice:
 
 @dataclass(frozen=True)
 class Machine:
-    """What serves one turn after another: the model, where its weights are, and its tokenizer's side of text."""
+    """What serves one turn after another: the model, where its weights are, and its tokenizer's side of text. `trim`
+    gives the device what its allocator keeps for later."""
 
     model: OmniModel
     residency: Residency
+    trim: Callable[[], None]
     device: torch.device
     meter: Meter
     stop_ids: frozenset[int]
@@ -60,24 +69,29 @@ class Machine:
 
 @dataclass(frozen=True)
 class Request:
-    """What one turn is asked: its prompt and how to answer it. `voice` None means text only."""
+    """What one turn is asked: its prompt and how to answer it. `voice` None means text only. `replan` finds another way
+    for what is left of the turn, when there is less room than `plan` counted on. `reply` are the ids to say, up to a
+    stop id, where the answer is known beforehand."""
 
     inputs: ModelInputs
     plan: Plan
+    replan: Replan
     sampling: SamplingParams
     speech: SpeechParams
     voice: Voice | None
+    reply: tuple[int, ...] | None = None
 
 
 @dataclass
 class Turn:
-    """One answer in the making. `run` yields its events; `cancelled` is asked at every step; timings count from
-    `started_s` (`time.perf_counter`)."""
+    """One answer in the making. `run` yields its events and heeds `control` between steps; timings count from
+    `started_s` by `clock`."""
 
     machine: Machine
     request: Request
-    cancelled: Callable[[], bool]
+    control: Control
     started_s: float
+    clock: Callable[[], float] = time.perf_counter
     _outbox: deque[Event] = field(default_factory=deque)
     _text_ids: list[int] = field(default_factory=list)
     _text: list[str] = field(default_factory=list)
@@ -87,6 +101,7 @@ class Turn:
     _speech_finish_reason: FinishReason = "cancelled"
     _sound_is_whole: bool = False
     _timings: dict[str, float] = field(default_factory=dict)
+    _playback: Playback = field(default_factory=Playback)
 
     def __post_init__(self) -> None:
         request = self.request
@@ -95,58 +110,78 @@ class Turn:
         self._noise_seed = _seed(request.speech.seed, self._speech_seed)
         self._prompt = embed_prompt(request.inputs, self.machine.model.embed_tokens)
         self._talker_rows = torch.empty_like(self._prompt.embeds) if request.voice else None
-        self._steps: Iterator[ThinkerStep] = iter(())
+        self._steps: Lookahead[ThinkerStep] = Lookahead(())
         self._codes: Iterator[int] = iter(())
+        machine = self.machine
+        self.room = Room(machine.residency, machine.device, machine.trim, self.control, request.plan, request.replan)
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Generator[Event, None, None]:
         """Carry out the plan, phase by phase, and end with `Finished`.
 
-        Raises BudgetExceededError where the device has less room than the plan counted on.
+        Raises BudgetExceededError where the device has less room than the least that the turn can do with.
         """
         self.machine.meter.begin()
         try:
-            for phase in self.request.plan.phases:
-                yield from self._phase(phase)
-                if self.cancelled():
-                    break
-            yield self._finished()
-        finally:
-            self.machine.residency.leave()
-
-    def _phase(self, phase: Phase) -> Iterator[Event]:
-        try:
-            with self.machine.meter.phase(phase.name):
-                for part in (self._onload, self._encode, self._answer):
-                    if not self.cancelled():
+            for phase in self.room.phases():
+                plan = self.room.plan
+                with self.machine.meter.phase(phase.name):
+                    for part in (self._onload, self._encode, self._answer):
                         yield from part(phase)
-        except torch.OutOfMemoryError as error:
+                if self.room.plan is plan:
+                    self._compare_with(plan, phase)
+        except Cancelled:
+            yield from self._take_outbox()
+        except BudgetExceededError as error:
+            error.profile = self._profile()
+            self.machine.residency.release()  # residents, too: whoever has the device now needs it
+            raise
+        finally:
+            self.room.leave()
+        yield self._finished()
+
+    def _compare_with(self, plan: Plan, phase: Phase) -> None:
+        """Say so where a phase held more than was planned, and stop where that breaks the budget."""
+        meter = self.machine.meter
+        held_bytes = meter.peaks.get(phase.name, 0)
+        if meter.kind != DEVICE_ALLOCATOR or held_bytes <= phase.peak_bytes:
+            return
+        log.warning('phase "%s" held %s more than planned', phase.name, format_bytes(held_bytes - phase.peak_bytes))
+        if plan.budget_bytes is not None and held_bytes > plan.budget_bytes:
             raise BudgetExceededError(
-                f'phase "{phase.name}" was planned to need {format_bytes(phase.peak_bytes)}, but the device ran out',
+                f'phase "{phase.name}" held {format_bytes(held_bytes)}, but the budget is'
+                f" {format_bytes(plan.budget_bytes)}",
                 phase=phase.name,
-                needed_bytes=phase.peak_bytes,
-                profile=dict(self.machine.meter.peaks),
-                hint="another program may have taken the room: name a smaller budget, or close it",
-            ) from error
+                needed_bytes=held_bytes,
+                available_bytes=plan.budget_bytes,
+                hint="the plan was wrong: please report it with this profile, and name a smaller budget for now",
+            )
+
+    def _profile(self) -> MemoryProfile:
+        """The plan in force beside what was measured so far, where anything was."""
+        profile, meter = MemoryProfile.of(self.room.plan), self.machine.meter
+        return profile.add(meter.kind, meter.peaks) if meter.peaks else profile
 
     def _onload(self, phase: Phase) -> Iterator[Event]:
         with self._timed("load"):
-            for done, total in self.machine.residency.enter(phase):
+            for done, total in self.room.load():
                 yield Progress("load", done, total, "bytes")
-                if self.cancelled():
-                    return
 
     def _encode(self, phase: Phase) -> Iterator[Event]:
         """Fill the prompt's media rows with whatever encoders this phase holds."""
-        inputs, plan = self.request.inputs, self.request.plan
+        inputs, model, room = self.request.inputs, self.machine.model, self.room
         device, embeds = self.machine.device, self._prompt.embeds
         if "audio_tower" in phase.stages and inputs.audios:
-            ears = AudioTower(self.machine.model.hearing, *self._layers_and_rest("audio_tower"))
-            heard = encode_audios(inputs.audios, ears, embeds, chunk_windows=plan.audio_chunk_windows, device=device)
+            ears = AudioTower(model.hearing, *self._layers_and_rest("audio_tower"), room.attempt)
+            windows = lambda: room.plan.audio_chunk_windows  # noqa: E731 (asked anew for each chunk)
+            heard = encode_audios(inputs.audios, ears, embeds, chunk_windows=windows, device=device)
             yield from self._encoding("hear", heard, inputs.audios)
+            room.end("audio_tower")
         if "visual" in phase.stages and inputs.visuals:
-            eyes = VisionTower(self.machine.model.vision, *self._layers_and_rest("visual"))
-            seen = encode_visuals(inputs.visuals, eyes, embeds, chunk_patches=plan.vision_chunk_patches, device=device)
+            eyes = VisionTower(model.vision, *self._layers_and_rest("visual"), room.attempt)
+            patches = lambda: room.plan.vision_chunk_patches  # noqa: E731
+            seen = encode_visuals(inputs.visuals, eyes, embeds, chunk_patches=patches, device=device)
             yield from self._encoding("see", seen, inputs.visuals)
+            room.end("visual")
 
     def _encoding(self, stage: str, filled: Iterator[int], media: Sequence[Any]) -> Iterator[Event]:
         done, total = 0, sum(len(medium.rows) for medium in media)
@@ -154,18 +189,12 @@ class Turn:
             for rows in filled:
                 done += rows
                 yield Progress(stage, done, total, "tokens")
-                if self.cancelled():
-                    return
 
     def _answer(self, phase: Phase) -> Iterator[Event]:
         """Chain this phase's share of thinker, talker and token2wav, and pull on its end."""
         pipe: Iterator[Any] = iter(())
         if "thinker" in phase.stages:
-            cache = self._thinker_cache()
-            prefilled = yield from self._prefill(cache)
-            if prefilled is None:
-                return
-            pipe = self._steps = self._think(prefilled, cache)
+            pipe = self._steps = Lookahead((yield from self._prefill()))
         if "talker" in phase.stages:
             pipe = self._codes = self._talk(self._steps)
         if "token2wav" in phase.stages:
@@ -175,100 +204,101 @@ class Turn:
     def _pull(self, pipe: Iterator[Any]) -> Iterator[Event]:
         """Run a chain to its end, handing out its events as they happen; keep its product for the next phase."""
         product = []
+        wanted = pipe is self._steps or pipe is self._codes
         for item in pipe:
-            product.append(item)
+            if wanted:
+                product.append(item)
             yield from self._take_outbox()
         for _ in self._steps:  # a talker may fall silent before the text ends
             yield from self._take_outbox()
         yield from self._take_outbox()
         if pipe is self._steps:
-            self._steps = iter(product)
+            self._steps = Lookahead(product)
         elif pipe is self._codes:
             self._codes = iter(product)
 
-    def _prefill(self, cache: KVCache) -> Generator[Event, None, Prefilled | None]:
-        """Read the prompt; returns None if the turn was cancelled on the way."""
-        plan = self.request.plan
+    def _prefill(self) -> Generator[Event, None, Iterator[ThinkerStep]]:
+        """Read the prompt; returns the answer's text, still to be written."""
+        cache = self._cache(self.machine.model.thinker, len(self._prompt.embeds) + self.request.sampling.max_tokens)
         progress = prefill(
             self._thinker(),
             self._prompt,
             cache,
-            chunk_tokens=plan.prefill_chunk_tokens,
+            chunk_tokens=self._chunk_tokens,
             talker_rows=self._talker_rows,
             device=self.machine.device,
         )
         with self._timed("prefill"):
             for step in progress:
                 if isinstance(step, Prefilled):
-                    return step
+                    return self._think(step, cache)
                 yield Progress("prefill", step, len(self._prompt.embeds), "tokens")
-                if self.cancelled():
-                    break
-        return None
+        raise AssertionError("a prefill ends with what it read")
 
     def _think(self, prefilled: Prefilled, cache: KVCache) -> Iterator[ThinkerStep]:
         """The answer's text, step by step; what can be shown of it goes to the outbox."""
-        machine, params = self.machine, self.request.sampling
-        vocab_size = len(machine.model.embed_tokens)
-        sampler = Sampler(
-            params,
-            vocab_size=vocab_size,
-            device=machine.device,
-            seed=self._text_seed,
-            seen=self.request.inputs.input_ids,
-        )
+        machine, max_tokens = self.machine, self.request.sampling.max_tokens
         steps = decode(
-            self._thinker(), prefilled, cache, sampler, stop_ids=machine.stop_ids, max_tokens=params.max_tokens
+            self._thinker(), prefilled, cache, self._choice(), stop_ids=machine.stop_ids, max_tokens=max_tokens
         )
         text = TextStream(machine.detokenize)
-        for step in steps:
-            if self.cancelled():
-                break
-            if step.token_id in machine.stop_ids:
-                self._finish_reason = "stop"
-            else:
-                self._text_ids.append(step.token_id)
-                self._show(text.push(step.token_id))
-            yield step
-        else:
+        try:
+            for step in steps:
+                if step.token_id in machine.stop_ids:
+                    self._finish_reason = "stop"
+                else:
+                    self._text_ids.append(step.token_id)
+                    self._show(text.push(step.token_id))
+                yield step
             if self._finish_reason != "stop":
                 self._finish_reason = "length"
-        self._show(text.finish())
-        self._mark("text")
+            self.room.end("thinker")
+        finally:
+            self._show(text.finish())
+            self._mark("text")
+
+    def _choice(self) -> Choice:
+        """How the next text id is found."""
+        request = self.request
+        if request.reply is not None:
+            return Recitation(request.reply)
+        vocab_size = len(self.machine.model.embed_tokens)
+        return self._sampler(
+            request.sampling, vocab_size=vocab_size, seed=self._text_seed, seen=request.inputs.input_ids
+        )
 
     def _talk(self, steps: Iterable[ThinkerStep]) -> Iterator[int]:
         """The reply as codec ids."""
         machine, speech, voice = self.machine, self.request.speech, self.request.voice
         model, max_codes = machine.model, speech.sampling.max_tokens
         assert voice and model.speech and self._talker_rows is not None
+        self._mark("talk")
         ids = model.speech.codec_ids
-        sampler = Sampler(
+        sampler = self._sampler(
             speech.sampling,
             vocab_size=len(model.speech.codec_embed),
-            device=machine.device,
             seed=self._speech_seed,
             suppressed=[ids.start],
             seen=seen_by_penalty(ids),
         )
         layers, rest = self._layers_and_rest("talker")
         codes = talk(
-            Talker(model.speech, layers, rest),
+            Talker(model.speech, layers, rest, self.room.attempt),
             self._prompt,
             self._talker_rows,
             steps,
             _text_rows(model, voice),
-            model.speech.decoder.new_cache(len(self._talker_rows) + 2 + max_codes, machine.device),
+            self._cache(model.speech.decoder, len(self._talker_rows) + 2 + max_codes),
             sampler,
-            chunk_tokens=self.request.plan.prefill_chunk_tokens,
+            chunk_tokens=self._chunk_tokens,
             max_codes=max_codes,
             device=machine.device,
         )
         for code in codes:
-            if self.cancelled():
-                return
             self._codec_ids.append(code)
             yield code
         self._speech_finish_reason = "length" if len(self._codec_ids) == max_codes else "stop"
+        self.room.end("talker")
         self._mark("codes")
 
     def _speak(self, codes: Iterable[int]) -> Iterator[None]:
@@ -276,17 +306,17 @@ class Turn:
         speech, voice = self.request.speech, self.request.voice
         assert voice
         (dit,), (bigvgan,) = (self.machine.residency.component(name) for name in ("dit", "bigvgan"))
-        with dit as dit_module, bigvgan as bigvgan_module:
-            pieces = decode_speech(codes, dit_module, bigvgan_module, voice.speaker, speech, seed=self._noise_seed)
-            for samples in pieces:
-                if self.cancelled():
-                    return
-                if len(samples):
-                    self._sound(samples)
+        pieces = decode_speech(
+            codes, dit, bigvgan, voice.speaker, speech, seed=self._noise_seed, attempt=self.room.attempt
+        )
+        for samples in pieces:
+            if len(samples):
+                self._sound(samples)
+            yield
+            while self._playback.can_spare(self.clock()) and self._steps.make_one():
                 yield
         self._sound_is_whole = True
         self._sound(np.zeros(0, np.float32), is_last=True)
-        self._mark("speech")
 
     def _show(self, piece: str) -> None:
         if piece:
@@ -297,8 +327,10 @@ class Turn:
     def _sound(self, samples: np.ndarray, is_last: bool = False) -> None:
         if not is_last:
             self._mark("audio_ttfp", once=True)
+            self._playback.hear(len(samples) / SAMPLE_RATE_HZ, self.clock())
         self._outbox.append(AudioChunk(samples, SAMPLE_RATE_HZ, self._samples / SAMPLE_RATE_HZ, is_last))
         self._samples += len(samples)
+        self._mark("speech")
 
     def _take_outbox(self) -> Iterator[Event]:
         while self._outbox:
@@ -316,19 +348,33 @@ class Turn:
             speech_finish_reason=spoken if self.request.voice else None,
             audio_s=self._samples / SAMPLE_RATE_HZ,
             sample_rate_hz=SAMPLE_RATE_HZ,
+            audio_rtf=self._rtf(),
+            audio_underrun_s=self._playback.underrun_s,
             timings=dict(self._timings),
             memory={"kind": self.machine.meter.kind, "peak_bytes": dict(self.machine.meter.peaks)},
         )
+
+    def _rtf(self) -> float | None:
+        """Seconds from the first code to the last sample per second of sound."""
+        if not self._samples:
+            return None
+        return (self._timings["speech"] - self._timings["talk"]) * SAMPLE_RATE_HZ / self._samples
 
     def _thinker(self) -> Thinker:
         model = self.machine.model
         layers, rest = self._layers_and_rest("thinker")
         (lm_head,) = self.machine.residency.component("lm_head")
-        return Thinker(model.thinker, layers, rest, lm_head, model.embed_tokens)
+        return Thinker(model.thinker, layers, rest, lm_head, model.embed_tokens, self.room.attempt)
 
-    def _thinker_cache(self) -> KVCache:
-        tokens = len(self._prompt.embeds) + self.request.sampling.max_tokens
-        return self.machine.model.thinker.new_cache(tokens, self.machine.device)
+    def _cache(self, decoder: Decoder, max_tokens: int) -> KVCache:
+        return self.room.hold(partial(decoder.new_cache, max_tokens, self.machine.device, self.room.plan.kv))
+
+    def _sampler(self, params: SamplingParams, **options: Any) -> Sampler:
+        return self.room.attempt(partial(Sampler, params, device=self.machine.device, **options))
+
+    def _chunk_tokens(self) -> int:
+        """How many prompt rows to read next; fewer once there is less room."""
+        return self.room.plan.prefill_chunk_tokens
 
     def _layers_and_rest(self, component: str) -> tuple[tuple[Any, ...], Any]:
         *layers, rest = self.machine.residency.component(component)
@@ -340,7 +386,7 @@ class Turn:
     def _mark(self, name: str, once: bool = False) -> None:
         """Note the seconds since the turn began."""
         if not (once and name in self._timings):
-            self._timings[name] = time.perf_counter() - self.started_s
+            self._timings[name] = self.clock() - self.started_s
 
 
 class _Stopwatch:

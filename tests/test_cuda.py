@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_turn import CUTS, MEDIA, MESSAGES, SAMPLING, SPEECH, STAGES, plan_of
+from test_turn import CUTS, MEDIA, MESSAGES, SAMPLING, SPEECH, STAGES, plan_of, turn_of
 
 from lowvram.attention import attend, explicit_attention
 from lowvram.events import Event
 from lowvram.offload.plan import Placement, Plan
 from lowvram.runtime import OmniRuntime
-from lowvram.turn import Request, Turn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 
@@ -48,8 +47,7 @@ def last_event(folder: Path, device: str, plan: Plan) -> Event:
         OmniRuntime.open(folder, device=device, dtype="float32") as omni,
         omni.preprocessor.open(MESSAGES, MEDIA) as prompt,
     ):
-        request = Request(prompt.inputs, plan, SAMPLING, GREEDY, omni._voices["Chelsie"])
-        *_, finished = Turn(omni._machine, request, lambda: False, started_s=0.0).run()
+        *_, finished = turn_of(omni, prompt.inputs, plan, speech=GREEDY).run()
     return finished
 
 

@@ -10,7 +10,7 @@ from lowvram.errors import BackendError, BudgetError, CheckpointError, LowVRAMEr
 from lowvram.events import Finished, TextDelta
 from lowvram.offload.meter import LiveBytes
 from lowvram.options import TALKER_SAMPLING, Limits, SamplingParams, SpeechParams
-from lowvram.runtime import OmniRuntime
+from lowvram.runtime import RECITING, OmniRuntime
 
 MESSAGES = [{"role": "user", "content": "hello green river"}]
 SHORT = SamplingParams(max_tokens=8)
@@ -209,3 +209,25 @@ def test_cuda_without_a_card_is_a_backend_error(demo: Path, monkeypatch: pytest.
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(BackendError, match="not available"):
         OmniRuntime.open(demo, device="cuda")
+
+
+def test_a_given_text_is_spoken_word_for_word(omni: OmniRuntime):
+    *_, finished = omni.speak("green river hello", speech=SPEECH)
+    assert finished.text == "green river hello"
+    assert finished.finish_reason == "stop"
+    assert finished.codec_ids
+
+
+def test_a_recited_reply_is_spoken_as_a_generated_one_would_be(omni: OmniRuntime):
+    """The same prompt, the same reply ids: the same codes."""
+    asked = f"{RECITING}\n\nhello green river"
+    *_, written = omni.generate([{"role": "user", "content": asked}], sampling=SHORT, speech=SPEECH)
+    ids = (*written.text_ids, min(omni.stop_ids))
+    *_, recited = omni._begin([{"role": "user", "content": asked}], SHORT, SPEECH, omni._voices["Chelsie"], None, ids)
+    assert recited.text_ids[:7] == written.text_ids[:7]
+    assert recited.codec_ids[:7] == written.codec_ids[:7]
+
+
+def test_a_text_without_words_is_refused(omni: OmniRuntime):
+    with pytest.raises(OptionError, match="nothing to say"):
+        omni.speak("  \n")

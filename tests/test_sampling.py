@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from lowvram.options import TALKER_SAMPLING, SamplingParams
-from lowvram.sampling import Sampler
+from lowvram.sampling import Recitation, Sampler
 
 CPU = torch.device("cpu")
 
@@ -101,3 +101,24 @@ def test_half_precision_logits_are_filtered_in_float32(dtype: torch.dtype):
     torch.testing.assert_close(
         sampler(TALKER_SAMPLING).distribution(logits), sampler(TALKER_SAMPLING).distribution(logits.float())
     )
+
+
+def test_a_draw_that_fails_is_as_if_it_had_not_been_tried(monkeypatch: pytest.MonkeyPatch):
+    params, logits = SamplingParams(temperature=1.0), torch.randn(50)
+    undisturbed = sampler(params)
+    disturbed = sampler(params)
+    draw = torch.multinomial
+
+    def runs_out(*args: object, **options: object) -> torch.Tensor:
+        draw(*args, **options)
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as broken, pytest.raises(torch.OutOfMemoryError):
+        broken.setattr(torch, "multinomial", runs_out)
+        disturbed(logits)
+    assert [disturbed(logits) for _ in range(20)] == [undisturbed(logits) for _ in range(20)]
+
+
+def test_a_recitation_says_its_ids_whatever_is_likely():
+    recite = Recitation([3, 1, 2])
+    assert [recite(torch.eye(5)[4]) for _ in range(3)] == [3, 1, 2]

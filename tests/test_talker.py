@@ -55,7 +55,7 @@ class Stage:
             self.text_rows,
             cache,
             sampler,
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=lambda: chunk_tokens,
             max_codes=max_codes,
             device=CPU,
         )

@@ -1,0 +1,209 @@
+"""A running answer makes room for others, or loses it, and says what it would have said."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_turn import MEDIA, MESSAGES, SAMPLING, SPEECH, assert_same_answer
+
+from lowvram.errors import BudgetExceededError, InfeasibleBudgetError, LowVRAMError
+from lowvram.events import AudioChunk, Event, Finished, TextDelta
+from lowvram.runtime import OmniRuntime
+
+
+def ask(omni: OmniRuntime) -> Iterator[Event]:
+    return omni.generate(MESSAGES, sampling=SAMPLING, speech=SPEECH, media=MEDIA)
+
+
+def answer(events: Iterator[Event], after_each: Callable[[int], Any] = lambda n: None) -> tuple[Finished, np.ndarray]:
+    """The answer and its sound; `after_each` event the caller does something, while the turn is stopped."""
+    samples: list[np.ndarray] = []
+    for n, event in enumerate(events):
+        if isinstance(event, AudioChunk):
+            samples.append(event.samples)
+        if isinstance(event, Finished):
+            return event, np.concatenate(samples)
+        after_each(n)
+    raise AssertionError("a turn ends with Finished")
+
+
+@pytest.fixture
+def undisturbed(omni: OmniRuntime) -> tuple[Finished, np.ndarray]:
+    return answer(ask(omni))
+
+
+def squeeze(omni: OmniRuntime) -> int:
+    """Name the smallest budget that the rest of the answer can do with; returns it."""
+    try:
+        omni.set_budget(1000)
+    except InfeasibleBudgetError as error:
+        omni.set_budget(error.needed_bytes)
+        return error.needed_bytes
+    raise AssertionError("nothing runs in a kilobyte")
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_budgets_that_come_and_go_change_nothing(omni: OmniRuntime, undisturbed: Any, every: int):
+    def change(n: int) -> None:
+        if n % every == 0:
+            squeeze(omni)
+        elif n % every == every // 2:
+            omni.set_budget(None)
+
+    assert_same_answer(answer(ask(omni), change), undisturbed)
+
+
+def test_a_smaller_budget_lets_weights_go_at_once(omni: OmniRuntime):
+    events = ask(omni)
+    next(event for event in events if isinstance(event, TextDelta))
+    held_bytes = omni._machine.residency.live_bytes
+    squeeze(omni)
+    assert omni._machine.residency.live_bytes < held_bytes
+    events.close()
+
+
+def test_stages_that_are_over_need_no_room(omni: OmniRuntime):
+    events = ask(omni)
+    next(event for event in events if isinstance(event, TextDelta))
+    turn = omni._turn
+    squeeze(omni)
+    assert {"audio_tower", "visual"}.isdisjoint(turn.room.phase.placements)
+    events.close()
+
+
+def test_a_budget_too_small_for_the_rest_is_refused_and_the_answer_goes_on(omni: OmniRuntime, undisturbed: Any):
+    def too_small(n: int) -> None:
+        if n == 3:
+            with pytest.raises(InfeasibleBudgetError):
+                omni.set_budget(1000)
+
+    assert_same_answer(answer(ask(omni), too_small), undisturbed)
+
+
+def test_a_budget_named_between_turns_holds_for_the_next(omni: OmniRuntime, undisturbed: Any):
+    least_bytes = omni.plan(MESSAGES, sampling=SAMPLING, speech=SPEECH, media=MEDIA).smallest_budget_bytes
+    omni.set_budget(least_bytes)
+    assert omni.plan(MESSAGES, sampling=SAMPLING, speech=SPEECH, media=MEDIA).peak_bytes <= least_bytes
+    assert_same_answer(answer(ask(omni)), undisturbed)
+
+
+def test_releasing_after_any_event_and_resuming_changes_nothing(omni: OmniRuntime, undisturbed: Any):
+    def step_aside(_: int) -> None:
+        omni.release()
+        assert omni._machine.residency.live_bytes == 0
+        omni.resume()
+
+    assert_same_answer(answer(ask(omni), step_aside), undisturbed)
+
+
+def test_releasing_from_another_thread_at_any_moment_changes_nothing(omni: OmniRuntime, undisturbed: Any):
+    over, events = threading.Event(), ask(omni)
+
+    def guest() -> None:
+        while not over.is_set():
+            omni.release()
+            time.sleep(0.002)
+            omni.resume()
+            time.sleep(0.005)
+
+    playing = threading.Thread(target=guest, daemon=True)
+    playing.start()
+    try:
+        said = answer(events)
+    finally:
+        over.set()
+        playing.join()
+    assert_same_answer(said, undisturbed)
+
+
+def test_a_released_answer_waits_and_can_be_cancelled(omni: OmniRuntime):
+    events = ask(omni)
+    next(event for event in events if isinstance(event, TextDelta))
+    omni.release()
+    rest: list[Event] = []
+    waiting = threading.Thread(target=lambda: rest.extend(events), daemon=True)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive() and not rest
+    omni.cancel()
+    waiting.join(30)
+    assert rest[-1].finish_reason == "cancelled"
+    assert omni._machine.residency.live_bytes == 0
+
+
+def test_a_released_runtime_answers_again_after_resume(omni: OmniRuntime, undisturbed: Any):
+    omni.release()
+    with pytest.raises(LowVRAMError, match="released its device"):
+        ask(omni)
+    omni.resume()
+    assert_same_answer(answer(ask(omni)), undisturbed)
+
+
+def test_releasing_between_turns_drops_residents(omni: OmniRuntime):
+    answer(ask(omni))
+    assert omni._machine.residency.live_bytes > 0
+    omni.release()
+    omni.release()
+    assert omni._machine.residency.live_bytes == 0
+
+
+class Full:
+    """Makes a component's block find no room at its nth use and for some uses after."""
+
+    def __init__(self, omni: OmniRuntime, component: str, first: int, times: int = 1) -> None:
+        block = omni._machine.model.components[component][0]
+        self.uses, self._failing = 0, range(first, first + times)
+        self._hook = block.module.register_forward_pre_hook(self._before)
+
+    def _before(self, *_: Any) -> None:
+        self.uses += 1
+        if self.uses in self._failing:
+            raise torch.OutOfMemoryError("a game took it")
+
+    def mend(self) -> None:
+        self._hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("component", "times"), [("audio_tower", 1), ("visual", 2), ("thinker", 3), ("lm_head", 1), ("talker", 3)]
+)
+def test_a_step_that_finds_no_room_changes_nothing(omni: OmniRuntime, undisturbed: Any, component: str, times: int):
+    """Whether it is a stage's first step or a later one, and however far the ladder has to be climbed down."""
+    for first in (1, 3):
+        full = Full(omni, component, first, times)
+        said = answer(ask(omni))
+        full.mend()
+        assert_same_answer(said, undisturbed)
+
+
+def test_a_weight_that_finds_no_room_comes_later(omni: OmniRuntime, undisturbed: Any, monkeypatch: pytest.MonkeyPatch):
+    tries = []
+    (bigvgan,) = omni._machine.model.components["bigvgan"]
+    fill = bigvgan.fill
+
+    def sometimes(run: torch.Tensor) -> None:
+        tries.append(True)
+        if len(tries) < 3:
+            raise torch.OutOfMemoryError("a game took it")
+        fill(run)
+
+    omni.release(), omni.resume()
+    monkeypatch.setattr(bigvgan, "fill", sometimes)
+    assert_same_answer(answer(ask(omni)), undisturbed)
+    assert len(tries) >= 3
+
+
+def test_a_device_that_stays_full_is_a_typed_error_and_leaves_nothing_behind(omni: OmniRuntime, undisturbed: Any):
+    full = Full(omni, "talker", 2, times=10**9)
+    with pytest.raises(BudgetExceededError) as refused:
+        list(ask(omni))
+    full.mend()
+    assert refused.value.profile.columns["planned"]
+    assert omni._machine.residency.live_bytes == 0
+    assert_same_answer(answer(ask(omni)), undisturbed)

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lowvram.errors import BudgetExceededError, InfeasibleBudgetError
+from lowvram.offload.budget import Budget
+from lowvram.offload.plan import Phase, Plan
+from lowvram.room import Cancelled, Control, Room, is_out_of_memory
+
+CPU = torch.device("cpu")
+ROOMY = Budget(1000)
+
+
+def plan_within(budget_bytes: int, *stages: str) -> Plan:
+    phases = tuple(
+        Phase(stage, (stage,), {}, weights_bytes=budget_bytes, kv_bytes=0, activation_bytes=0, traffic_bytes=0)
+        for stage in stages
+    )
+    return replace(PLAN, budget_bytes=budget_bytes, phases=phases)
+
+
+PLAN = Plan(
+    "cpu",
+    1000,
+    (),
+    prompt_tokens=1,
+    text_tokens=1,
+    codes=1,
+    prefill_chunk_tokens=1,
+    vision_chunk_patches=1,
+    audio_chunk_windows=1,
+)
+
+
+class Shelf:
+    """Stands for a residency: keeps a diary of what it was told, and of trimming."""
+
+    def __init__(self) -> None:
+        self.diary: list[Any] = []
+
+    def prepare(self, plan: Plan) -> None:
+        self.diary.append(("plan", plan.budget_bytes))
+
+    def enter(self, phase: Phase) -> Iterator[tuple[int, int]]:
+        self.diary.append(("enter", phase.peak_bytes))
+        yield phase.peak_bytes, phase.peak_bytes
+
+    def leave(self) -> None:
+        self.diary.append("leave")
+
+    def release(self) -> None:
+        self.diary.append("release")
+
+    def trim(self) -> None:
+        self.diary.append("trim")
+
+
+class Cache:
+    """Stands for a KV cache: knows where it is."""
+
+    place = CPU
+
+    def move(self, device: torch.device) -> None:
+        self.place = device
+
+
+def replan(budget: Budget, begun: tuple[str, ...]) -> Plan:
+    """Plans that need at least 10 bytes."""
+    assert budget.vram_bytes is not None
+    if budget.vram_bytes < 10:
+        raise InfeasibleBudgetError("too little", needed_bytes=10)
+    return plan_within(budget.vram_bytes, *begun, "talker")
+
+
+class Turn:
+    """A room with all that surrounds it, in the first phase of a plan for 1000 bytes."""
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.shelf, self.control = Shelf(), Control(ROOMY)
+        plan = plan_within(1000, "thinker", "talker")
+        self.room = Room(self.shelf, device, self.shelf.trim, self.control, plan, replan)
+        self.phases = self.room.phases()
+        next(self.phases)
+        self.shelf.diary.clear()
+
+
+def runs_out(times: int) -> Callable[[], str]:
+    """A step that finds no room that many times."""
+    left = iter(range(times))
+
+    def step() -> str:
+        if next(left, None) is not None:
+            raise torch.OutOfMemoryError("no room")
+        return "done"
+
+    return step
+
+
+def test_a_step_finds_its_phase_loaded():
+    turn = Turn()
+    turn.room.attempt(lambda: turn.shelf.diary.append("step"))
+    assert turn.shelf.diary == [("enter", 1000), "step"]
+
+
+def test_loading_reports_its_progress():
+    assert list(Turn().room.load()) == [(1000, 1000)]
+
+
+def test_a_step_that_runs_out_is_undone_and_tried_again_after_trimming():
+    turn, undone = Turn(), []
+    assert turn.room.attempt(runs_out(1), lambda: undone.append(True)) == "done"
+    assert undone == [True]
+    assert turn.shelf.diary == [("enter", 1000), "trim", ("enter", 1000)]
+    assert turn.room.plan.budget_bytes == 1000
+
+
+@pytest.mark.parametrize(("times", "budget_bytes"), [(2, 750), (3, 10)])
+def test_then_less_is_held_and_then_the_least(times: int, budget_bytes: int):
+    turn = Turn()
+    assert turn.room.attempt(runs_out(times)) == "done"
+    assert turn.room.plan.budget_bytes == budget_bytes
+
+
+def test_when_nothing_is_left_to_give_up_it_is_a_budget_error():
+    with pytest.raises(BudgetExceededError, match='phase "thinker" was planned to need 10 B') as refused:
+        Turn().room.attempt(runs_out(4))
+    assert isinstance(refused.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_the_failed_steps_tensors_are_gone_before_it_is_tried_again():
+    alive = []
+
+    def step() -> bool:
+        gone = [ref() is None for ref in alive]
+        tensor = torch.zeros(1)
+        alive.append(weakref.ref(tensor))
+        if len(alive) < 3:
+            raise torch.OutOfMemoryError("no room")
+        return all(gone)
+
+    assert Turn().room.attempt(step)
+
+
+def test_other_errors_are_not_ours_to_mend():
+    calls = []
+
+    def step() -> None:
+        calls.append(True)
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        Turn().room.attempt(step)
+    assert calls == [True]
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_counts_as_running_out(error: RuntimeError, verdict: bool):
+    assert is_out_of_memory(error) is verdict
+
+
+def test_a_cancelled_turn_takes_no_further_step():
+    turn = Turn()
+    turn.control.cancel()
+    with pytest.raises(Cancelled):
+        turn.room.attempt(lambda: turn.shelf.diary.append("step"))
+    assert "step" not in turn.shelf.diary
+
+
+def test_another_budget_holds_from_the_next_step_on():
+    turn = Turn()
+    turn.control.set_budget(Budget(500))
+    turn.room.attempt(lambda: None)
+    assert turn.shelf.diary == [("plan", 500), ("enter", 500)]
+
+
+def test_a_plan_that_takes_over_goes_on_with_its_own_phases():
+    turn = Turn()
+    turn.control.set_budget(Budget(500))
+    turn.room.attempt(lambda: None)
+    assert [phase.weights_bytes for phase in turn.phases] == [500]
+
+
+def test_a_released_room_is_empty_and_the_step_waits():
+    turn = Turn()
+    cache = turn.room.hold(Cache)
+    cache.move(torch.device("meta"))
+    turn.control.release()
+    done = threading.Event()
+    waiting = threading.Thread(target=lambda: turn.room.attempt(done.set), daemon=True)
+    waiting.start()
+    assert not done.wait(0.05)
+    assert cache.place == CPU
+    assert turn.shelf.diary[-2:] == ["release", "trim"]
+    turn.control.resume()
+    waiting.join(10)
+    assert done.is_set()
+
+
+def test_a_resumed_room_has_its_caches_and_weights_back():
+    turn = Turn(device=torch.device("meta"))
+    cache = turn.room.hold(Cache)
+    turn.control.release()
+    turn.room.adapt()
+    turn.control.resume()
+    turn.shelf.diary.clear()
+    turn.room.attempt(lambda: None)
+    assert cache.place == torch.device("meta")
+    assert turn.shelf.diary == [("enter", 1000)]
+
+
+def test_a_released_turn_can_be_cancelled():
+    turn = Turn()
+    turn.control.release()
+    turn.control.cancel()
+    with pytest.raises(Cancelled):
+        turn.room.attempt(lambda: None)
+
+
+def test_a_turn_that_ends_while_released_leaves_no_resident():
+    turn = Turn()
+    turn.control.release()
+    turn.room.leave()
+    assert turn.shelf.diary == ["leave", "release"]
+
+
+def test_a_stopped_turn_adapts_at_once():
+    turn = Turn()
+    turn.control.set_budget(Budget(500))
+    turn.room.adapt()
+    assert turn.shelf.diary == [("plan", 500), ("enter", 500)]
