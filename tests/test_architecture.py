@@ -19,7 +19,8 @@ MODULES = {
 STAGES = ("encoders", "thinker", "talker", "token2wav.stream")
 SUBPACKAGES = ("offload", "quant", "token2wav")
 LIGHT = ("errors", "options", "events", "checkpoint", "offload.budget", "offload.footprint", "offload.plan",
-         "quant.scheme", "token2wav.windows", "token2wav.ode", "cli")  # fmt: skip
+         "offload.cards", "offload.expect",
+         "quant.scheme", "token2wav.windows", "token2wav.ode", "forecast", "cli")  # fmt: skip
 LIBRARY_ROOMS = ("model", "preprocess.prompt", "kv_cache", "attention", "demo.weights")
 CUDA_ROOMS = ("offload.transfer", "offload.streams", "offload.meter", "quant.cuda", "device")
 
@@ -79,8 +80,8 @@ def test_cuda_is_named_in_few_rooms():
 
 
 def test_terminals_are_the_command_lines_business():
-    users = {m for m, p in MODULES.items() for lib in ("typer", "rich") if reaches(imports(p, top_level=False), lib)}
-    assert users <= {"lowvram.cli"}
+    for library, rooms in (("typer", {"lowvram.cli", "lowvram.flags"}), ("rich", {"lowvram.terminal"})):
+        assert {m for m, p in MODULES.items() if reaches(imports(p, top_level=False), library)} <= rooms
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import CheckpointError
+from ..options import KVPrecision
 
 BLOCK_ALIGNMENT_BYTES = 256
 """Each tensor of a block starts on a multiple of this: what CUDA's own allocator aligns to."""
 
 TOKEN2WAV_WIDTH_BYTES = 4
 """token2wav computes in float32, as the reference does."""
+
+KV_SCALE_BYTES = 4
+"""Of the float32 scale that an int8 cache keeps for each token's key and value, by KV head."""
+
+KV_SLICE_TOKENS = 2048
+"""Positions of an int8 cache that are read back at once."""
 
 ON_HOST = (
     "thinker.model.embed_tokens.weight",
@@ -77,29 +84,47 @@ class DecoderShape:
     input_size: int
     vocab: int
 
-    def kv_bytes_per_token(self, width_bytes: int) -> int:
-        """Keys and values of every layer: 2 x layers x KV heads x d x w. 7B thinker, 16 bit: 56 KiB."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * width_bytes
+    def kv_bytes_per_token(self, width_bytes: int, kv: KVPrecision = "16bit") -> int:
+        """Keys and values of every layer: 2 x layers x KV heads x (d x w), in int8 (d + 4). 7B thinker: 56 KiB in 16
+        bits, 28.9 KiB in int8."""
+        head_bytes = self.head_dim * width_bytes if kv == "16bit" else self.head_dim + KV_SCALE_BYTES
+        return 2 * self.layers * self.kv_heads * head_bytes
 
-    def activation_bytes(self, chunk_tokens: int, width_bytes: int) -> int:
-        """Prefill of a chunk, or a decode step as a chunk of one, then one row of logits.
+    def activation_bytes(self, chunk_tokens: int, width_bytes: int, kv: KVPrecision = "16bit") -> int:
+        """Prefill of a chunk, or a decode step (a chunk of one) with its logits, whichever is wider.
 
         Per token, all the time: the chunk's rows as they came (`input_size`), projected if they need to be (h), the
         last chunk's result and the layer's input (2h), cosine and sine (2d), three int64 positions. Beside them the
-        wider of two points. MLP: the sum with the attention and its norm (2h), the gate's activation, the up
+        widest of some points. MLP: the sum with the attention and its norm (2h), the gate's activation, the up
         projection and their product (3i). Attention: the norm (h), queries, their copy as rows and two partial results
         (4 x heads x d), keys and values (2 x KV heads x d), and the float32 copies that merge the results (3 x heads
         x d at 4 bytes). 7B thinker, 16 bit: 146.5 KiB, of which the three products are 111.
 
+        From an int8 cache attention reads slices of 2048 positions: one layer's keys and values (w each) and the
+        float32 of whichever is being scaled; beside them the norm, queries as they came and turned (2 x heads x d),
+        keys and values, and the sum of the slices so far (heads x d at 4 bytes). 7B: 8 MiB a slice.
+
         The logits are drawn from in float32: penalized, sorted with their indices, summed up; about 48 bytes each.
         """
-        queries = self.heads * self.head_dim
+        prefill_bytes = self._chunk_bytes(chunk_tokens, width_bytes, kv)
+        return max(prefill_bytes, self._chunk_bytes(1, width_bytes, kv) + 48 * self.vocab)
+
+    def state_bytes(self, width_bytes: int) -> int:
+        """What stays between steps: which ids were drawn (a byte for each there is) and the last position's row."""
+        return self.vocab + self.hidden * width_bytes
+
+    def _chunk_bytes(self, chunk_tokens: int, width_bytes: int, kv: KVPrecision) -> int:
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         always = self.input_size + 2 * self.hidden + 2 * self.head_dim
         if self.input_size != self.hidden:
             always += self.hidden
         mlp = (2 * self.hidden + 3 * self.intermediate) * width_bytes
-        attention = (self.hidden + 4 * queries + 2 * self.kv_heads * self.head_dim) * width_bytes + 3 * queries * 4
-        return chunk_tokens * (always * width_bytes + 3 * 8 + max(mlp, attention)) + 48 * self.vocab
+        merging = (self.hidden + 4 * queries + 2 * keys) * width_bytes + 3 * queries * 4
+        widest = chunk_tokens * max(mlp, merging)
+        if kv == "int8":
+            reading = (self.hidden + 2 * queries + 2 * keys) * width_bytes + queries * 4
+            widest = max(widest, chunk_tokens * reading + KV_SLICE_TOKENS * keys * (2 * width_bytes + 4))
+        return chunk_tokens * (always * width_bytes + 3 * 8) + widest
 
 
 @dataclass(frozen=True)
@@ -149,7 +174,8 @@ class AudioShape:
 @dataclass(frozen=True)
 class SoundShape:
     """token2wav. The DiT: hidden size, feed-forward size, layers, frames per block, how many of its layers look a
-    block back and ahead. BigVGAN: its widest layer in elements per mel frame. `repeats` mel frames are one code."""
+    block back and ahead. BigVGAN: its widest layer in elements, and its operations, per mel frame. `repeats` mel
+    frames are one code."""
 
     hidden: int
     ff: int
@@ -159,6 +185,7 @@ class SoundShape:
     ahead_layers: int
     repeats: int
     vocoder_elements_per_frame: int
+    vocoder_flops_per_frame: int = 0
 
     def state_bytes(self, evaluations: int) -> int:
         """What is kept between chunks, however long the speech. 7B, nine evaluations: 22.6 MiB.
@@ -328,7 +355,7 @@ def _sound_shape(config: Mapping[str, Any]) -> SoundShape:
     defaults; the modelling library writes `hidden_size` and `num_hidden_layers`."""
     path = "token2wav_config.dit_config"
     hidden = _number(config, f"{path}.hidden_size", _number(config, f"{path}.dim", 1024))
-    dit = config.get("token2wav_config", {}).get("dit_config", {})
+    dit, vocoder = (config.get("token2wav_config", {}).get(f"{part}_config", {}) for part in ("dit", "bigvgan"))
     return SoundShape(
         hidden=hidden,
         ff=hidden * _number(config, f"{path}.ff_mult", 2),
@@ -337,17 +364,25 @@ def _sound_shape(config: Mapping[str, Any]) -> SoundShape:
         back_layers=len(dit.get("look_backward_layers", (0, 20))),
         ahead_layers=len(dit.get("look_ahead_layers", (10,))),
         repeats=_number(config, f"{path}.repeats", 2),
-        vocoder_elements_per_frame=_widest_layer(config.get("token2wav_config", {}).get("bigvgan_config", {})),
+        vocoder_elements_per_frame=max(channels * positions for channels, positions in _vocoder_layers(vocoder)),
+        vocoder_flops_per_frame=_vocoder_flops(vocoder),
     )
 
 
-def _widest_layer(vocoder: Mapping[str, Any]) -> int:
-    """Channels times positions per mel frame, at the widest layer: each halves the channels and adds positions."""
-    channels, positions, widest = vocoder.get("upsample_initial_channel", 1536), 1, 0
+def _vocoder_layers(vocoder: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Channels and positions per mel frame of each layer: each halves the channels and adds positions."""
+    channels, positions = vocoder.get("upsample_initial_channel", 1536), 1
     for rate in vocoder.get("upsample_rates", (5, 3, 2, 2, 2, 2)):
         channels, positions = channels // 2, positions * rate
-        widest = max(widest, channels * positions)
-    return widest
+        yield channels, positions
+
+
+def _vocoder_flops(vocoder: Mapping[str, Any]) -> int:
+    """Of the residual blocks, nearly all there is: for each kernel and dilation two convolutions of all channels."""
+    kernels = vocoder.get("resblock_kernel_sizes", (3, 7, 11))
+    dilations = vocoder.get("resblock_dilation_sizes", ((1, 3, 5),) * 3)
+    taps = sum(kernel * 2 * len(some) for kernel, some in zip(kernels, dilations, strict=False))
+    return sum(2 * taps * channels**2 * positions for channels, positions in _vocoder_layers(vocoder))
 
 
 def _number(config: Mapping[str, Any], path: str, default: int | None = None) -> int:

@@ -1,6 +1,7 @@
 """Peaks by phase, side by side: what was planned, what was traced, what was measured and how.
 
-Each way of knowing is a column of its own under its own name, so that no figure can be taken for another kind.
+Each way of knowing is a column of its own under its own name, so that no figure can be taken for another kind. A
+timeline shows one of them moment by moment.
 """
 
 from __future__ import annotations
@@ -21,25 +22,42 @@ KINDS = (PLANNED, TRACED, DEVICE_ALLOCATOR, TRACKED_LIVE_TENSORS)
 
 
 @dataclass(frozen=True)
+class Moment:
+    """What was held at one step of a turn, in bytes by kind. `activation_bytes` are all that is neither weights nor KV
+    cache, at its highest since the moment before."""
+
+    label: str
+    weights_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True)
 class MemoryProfile:
     """`columns` maps a kind (one of `KINDS`) to peak bytes by phase. A phase that a kind does not know is absent there.
 
-    No column includes the plan's reserve: it stands for what none of them can see.
+    No column includes the plan's reserve: it stands for what none of them can see. `timeline` belongs to the kind that
+    was counted last, traced or measured; a plan has none.
     """
 
     columns: Mapping[str, Mapping[str, int]]
+    timeline: tuple[Moment, ...] = ()
 
     @classmethod
     def of(cls, plan: Plan) -> MemoryProfile:
         """The planned column."""
         return cls({PLANNED: {phase.name: phase.peak_bytes for phase in plan.phases}})
 
-    def add(self, kind: str, peaks: Mapping[str, int]) -> MemoryProfile:
+    def add(self, kind: str, peaks: Mapping[str, int], timeline: tuple[Moment, ...] = ()) -> MemoryProfile:
         """This profile with one more column; a kind that is there already keeps the higher peak of each phase."""
         assert kind in KINDS, kind
         known = self.columns.get(kind, {})
         merged = {phase: max(peaks.get(phase, 0), known.get(phase, 0)) for phase in {**known, **peaks}}
-        return MemoryProfile({**self.columns, kind: merged})
+        return MemoryProfile({**self.columns, kind: merged}, timeline or self.timeline)
 
     @property
     def phases(self) -> tuple[str, ...]:

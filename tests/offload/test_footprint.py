@@ -18,7 +18,7 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as reference
 from lowvram import attention
 from lowvram.errors import CheckpointError
 from lowvram.flow import PromptEmbeds
-from lowvram.kv_cache import KVCache
+from lowvram.kv_cache import Int8KVCache, KVCache
 from lowvram.model import Decoder
 from lowvram.offload.budget import GIB, KIB, MIB
 from lowvram.offload.footprint import (
@@ -30,10 +30,14 @@ from lowvram.offload.footprint import (
     read_footprint,
 )
 from lowvram.offload.meter import LiveBytes
+from lowvram.options import KVPrecision
 from lowvram.thinker import Thinker, prefill
 from lowvram.token2wav.vocoder import StreamingVocoder
 
 Headers = dict[str, StoredTensor]
+
+BF16 = torch.bfloat16
+CPU = torch.device("cpu")
 
 
 class Stored(NamedTuple):
@@ -100,6 +104,23 @@ def test_kv_bytes_per_token_are_the_known_ones(seven_b: Footprint):
     assert seven_b.talker is not None
     assert seven_b.thinker.kv_bytes_per_token(2) == 56 * KIB
     assert seven_b.talker.kv_bytes_per_token(2) == 48 * KIB
+
+
+def test_an_int8_cache_stores_a_byte_per_element_and_a_scale_per_head(seven_b: Footprint):
+    assert seven_b.thinker.kv_bytes_per_token(2, "int8") == 2 * 28 * 4 * (128 + 4)
+
+
+def test_an_int8_cache_is_priced_as_it_allocates():
+    cache = Int8KVCache(3, 4, 64, 100, dtype=torch.bfloat16, device=CPU)
+    shape = DecoderShape(3, 256, 256, heads=4, kv_heads=4, head_dim=64, input_size=256, vocab=16)
+    assert cache.n_bytes == 100 * shape.kv_bytes_per_token(2, "int8")
+
+
+def test_the_vocoders_arithmetic_is_that_of_its_residual_blocks(seven_b: Footprint):
+    """By hand: channels squared times positions, of six layers, by (3 + 7 + 11) taps x 6 convolutions x 2."""
+    squares = [768**2 * 5, 384**2 * 15, 192**2 * 30, 96**2 * 60, 48**2 * 120, 24**2 * 240]
+    assert seven_b.sound is not None
+    assert seven_b.sound.vocoder_flops_per_frame == 21 * 6 * 2 * sum(squares)
 
 
 def test_float32_doubles_float_tensors_but_not_packed_words_nor_token2wav(headers: Headers, config: dict[str, Any]):
@@ -171,8 +192,6 @@ def test_both_spellings_of_the_dit_mean_the_same(headers: Headers, config: dict[
 # The formulas against the layers that run, counted. At 7B widths on the meta device the loops are those of the stages,
 # and attention is a leaf, as a flash kernel is, which keeps nothing but its result.
 
-BF16 = torch.bfloat16
-
 
 def leaf_attention(module: Any, query: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
     return torch.empty_like(query).transpose(1, 2), None
@@ -215,7 +234,8 @@ def test_prefill_of_a_7b_is_planned_as_its_wide_mlp_runs():
     assert 1 <= planned / peak_bytes(run) < 1.05
 
 
-def test_prefill_of_a_narrow_mlp_is_planned_as_its_attention_runs():
+@pytest.mark.parametrize(("kv", "tokens"), [("16bit", 1024), ("int8", 4096)])
+def test_prefill_of_a_narrow_mlp_is_planned_as_its_attention_runs(kv: KVPrecision, tokens: int):
     """The thinker's own loop and attention on the CPU, where merging two parts in float32 is the widest point."""
     attention.register()
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
@@ -226,15 +246,18 @@ def test_prefill_of_a_narrow_mlp_is_planned_as_its_attention_runs():
     rest: Any = nullcontext(torch.nn.ModuleDict({"norm": model.norm}))
     thinker = Thinker(Decoder(model.rotary_emb, 2, 2, 32, BF16), layers, rest, lm_head=rest, embed_tokens=None)
     prompt = PromptEmbeds(
-        torch.zeros(1024, 128, dtype=BF16), torch.zeros(1024, dtype=torch.bool), torch.zeros(3, 1024).long(), 1024
+        torch.zeros(tokens, 128, dtype=BF16),
+        torch.zeros(tokens, dtype=torch.bool),
+        torch.zeros(3, tokens).long(),
+        tokens,
     )
 
     def run() -> None:
-        cache = thinker.decoder.new_cache(1024, torch.device("cpu"))
-        for _ in prefill(thinker, prompt, cache, chunk_tokens=256, talker_rows=None, device=torch.device("cpu")):
+        cache = thinker.decoder.new_cache(tokens, CPU, kv)
+        for _ in prefill(thinker, prompt, cache, chunk_tokens=lambda: 256, talker_rows=None, device=CPU):
             pass
 
-    planned = shape.activation_bytes(256, 2) + 1024 * shape.kv_bytes_per_token(2)
+    planned = shape.activation_bytes(256, 2, kv) + tokens * shape.kv_bytes_per_token(2, kv)
     assert 1 <= planned / peak_bytes(run, "cpu") < 1.15
 
 

@@ -1,0 +1,282 @@
+"""A turn on a checkpoint, priced: for each stage every way to run it, with its bytes on the device and across the bus.
+
+A way is a chunk (how much is computed at once) and a holding (how much of the weights stays). Ways are priced one
+stage at a time; what shares the device, and which way is taken, is `search`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..options import KVPrecision, Limits
+from .footprint import BlockSize, Footprint
+from .placement import STREAM_SLOTS, evenly_spaced
+
+COMPONENTS = {
+    "audio_tower": ("audio_tower",),
+    "visual": ("visual",),
+    "thinker": ("thinker", "lm_head"),
+    "talker": ("talker",),
+    "token2wav": ("dit", "bigvgan"),
+}
+"""The components that each stage computes with, stages in the order of a turn."""
+
+STREAMABLE = ("audio_tower", "visual", "thinker", "talker")
+"""Components of many blocks; the others are one block, and to stream them would save nothing."""
+
+PREFILL_STAGES = ("thinker", "talker")
+"""Stages that read the prompt, in chunks of the same size."""
+
+SMALLEST_PREFILL_TOKENS = 128
+"""128 tokens of a 7B are 18 MiB: little is left to gain beneath."""
+
+SMALLEST_VISION_PATCHES = 512
+"""512 patches of a 7B are 23 MiB."""
+
+TALKER_FRAME_TOKENS = 2
+"""The talker reads two rows between the prompt and the first code: the voice's beginning and the first reply row."""
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The work of one turn, as far as memory cares.
+
+    `visual_patches` is the largest image or temporal patch (a pair of frames), in patches of 14 x 14 pixels before
+    merging; `visuals` how many images and temporal patches there are in all. `grids`, (times, height, width) of each
+    visual in such patches, says the same more exactly where it is known: how many are seen at once, and in how many
+    passes. `text_tokens` and `codes` are the most that may be written; 0 codes is a turn without speech.
+    `speech_chunk_codes` and `ode_evaluations` say how speech is decoded (a chunk of 0.96 s, ten Euler points), `kv`
+    how the caches of thinker and talker store a number.
+    """
+
+    prompt_tokens: int
+    text_tokens: int
+    codes: int = 0
+    visual_patches: int = 0
+    visuals: int = 0
+    audio_windows: int = 0
+    speech_chunk_codes: int = 48
+    ode_evaluations: int = 9
+    grids: tuple[Grid, ...] = ()
+    kv: KVPrecision = "16bit"
+
+    def __post_init__(self) -> None:
+        assert self.prompt_tokens >= 1 and self.text_tokens >= 1 and self.codes >= 0, self
+        assert (self.visual_patches > 0) == (self.visuals > 0) and self.audio_windows >= 0, self
+        if self.grids:
+            assert self.visual_patches == max(h * w for _, h, w in self.grids), self
+            assert self.visuals == sum(times for times, _, _ in self.grids), self
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages this turn needs, in order."""
+        needed = {
+            "audio_tower": self.audio_windows > 0,
+            "visual": self.visuals > 0,
+            "thinker": True,
+            "talker": self.codes > 0,
+            "token2wav": self.codes > 0,
+        }
+        return tuple(stage for stage in COMPONENTS if needed[stage])
+
+    def patches_at_once(self, chunk_patches: int) -> int:
+        """The most patches in one run of the vision tower: whole temporal patches of one visual, at least one."""
+        if not self.grids:
+            return min(max(chunk_patches, self.visual_patches), self.visuals * self.visual_patches)
+        return max(min(_times_per_run(chunk_patches, grid), grid[0]) * grid[1] * grid[2] for grid in self.grids)
+
+    def vision_runs(self, chunk_patches: int) -> int:
+        """How often the vision tower is walked; without `grids` as often as can be."""
+        if not self.grids:
+            return self.visuals
+        return sum(-(-grid[0] // _times_per_run(chunk_patches, grid)) for grid in self.grids)
+
+
+def _times_per_run(chunk_patches: int, grid: Grid) -> int:
+    return max(1, chunk_patches // (grid[1] * grid[2]))
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How much of a component stays for its phase: all of it, or `kept_layers` layers and the rest, beside slots.
+
+    `held_bytes` are on the device at once; `streamed_bytes` cross the bus at every pass.
+    """
+
+    kept_layers: int
+    streamed_layers: int
+    held_bytes: int
+    streamed_bytes: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.streamed_layers == 0
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a stage. `base_bytes` are weights and KV cache; beside them a phase needs room for its widest
+    activation. `repeated_bytes` is what crosses the bus beyond once."""
+
+    stage: str
+    chunk: int
+    passes: int
+    holdings: tuple[Holding, ...]
+    held_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+
+    @property
+    def base_bytes(self) -> int:
+        return self.held_bytes + self.kv_bytes
+
+    @property
+    def repeated_bytes(self) -> int:
+        return (self.passes - 1) * sum(holding.streamed_bytes for holding in self.holdings)
+
+    @property
+    def is_whole(self) -> bool:
+        return all(holding.is_whole for holding in self.holdings)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a turn's stages cost on a checkpoint."""
+
+    footprint: Footprint
+    limits: Limits
+    turn: Turn
+
+    def ways(self, stage: str, prefill_tokens: int) -> list[Way]:
+        """All ways to run a stage, least repeated first, then the largest chunk, then the most held."""
+        components = COMPONENTS[stage]
+        chunks = (prefill_tokens,) if stage in PREFILL_STAGES else self.chunks(stage)
+        kv_bytes = self.kv_bytes(stage)
+        found = [
+            Way(
+                stage,
+                chunk,
+                passes,
+                (holding, *(whole_holding(self.footprint.components[c]) for c in components[1:])),
+                holding.held_bytes + sum(self.footprint.component_bytes(c) for c in components[1:]),
+                kv_bytes,
+                activation_bytes,
+            )
+            for chunk in chunks
+            for passes, activation_bytes in [(self.passes(stage, chunk), self.activation_bytes(stage, chunk))]
+            for holding in self._holdings(components[0], passes)
+        ]
+        return sorted(found, key=lambda way: (way.repeated_bytes, not way.is_whole, -way.chunk))
+
+    def chunks(self, stage: str) -> tuple[int, ...]:
+        """Chunk sizes worth trying, the one asked for first; those beneath it compute less at once each."""
+        turn, limits = self.turn, self.limits
+        match stage:
+            case "audio_tower":
+                return _halvings(limits.audio_chunk_windows, 1, turn.audio_windows)
+            case "visual":
+                smallest = max(turn.visual_patches, SMALLEST_VISION_PATCHES)
+                return _halvings(
+                    limits.vision_chunk_patches, smallest, turn.patches_at_once(limits.vision_chunk_patches)
+                )
+            case "thinker" | "talker":
+                return _halvings(limits.prefill_chunk_tokens, SMALLEST_PREFILL_TOKENS, turn.prompt_tokens)
+            case _:
+                return (turn.speech_chunk_codes,)
+
+    def passes(self, stage: str, chunk: int) -> int:
+        """How often a turn walks the stage's layers, at most; all its sound counts as one recording."""
+        turn = self.turn
+        match stage:
+            case "audio_tower":
+                return -(-turn.audio_windows // chunk)
+            case "visual":
+                return turn.vision_runs(chunk)
+            case "thinker":
+                return -(-turn.prompt_tokens // chunk) + turn.text_tokens
+            case "talker":
+                return -(-turn.prompt_tokens // chunk) + turn.codes
+            case _:
+                return 1
+
+    def kv_bytes(self, stage: str) -> int:
+        """The caches are allocated whole, for the longest answer allowed."""
+        turn, footprint = self.turn, self.footprint
+        if stage == "thinker":
+            tokens, shape = turn.prompt_tokens + turn.text_tokens, footprint.thinker
+        elif stage == "talker" and footprint.talker:
+            tokens, shape = turn.prompt_tokens + TALKER_FRAME_TOKENS + turn.codes, footprint.talker
+        else:
+            return 0
+        return tokens * shape.kv_bytes_per_token(footprint.width_bytes, turn.kv)
+
+    def activation_bytes(self, stage: str, chunk: int) -> int:
+        """What a stage computes with at its widest point; stages of a phase take turns."""
+        turn, footprint = self.turn, self.footprint
+        width_bytes, prefill_tokens = footprint.width_bytes, min(chunk, turn.prompt_tokens)
+        match stage:
+            case "audio_tower":
+                return footprint.audio.activation_bytes(min(chunk, turn.audio_windows), width_bytes)
+            case "visual":
+                return footprint.visual.activation_bytes(turn.patches_at_once(chunk), width_bytes)
+            case "thinker":
+                return footprint.thinker.activation_bytes(prefill_tokens, width_bytes, turn.kv)
+            case "talker":
+                assert footprint.talker
+                return footprint.talker.activation_bytes(prefill_tokens, width_bytes, turn.kv)
+            case _:
+                assert footprint.sound
+                return footprint.sound.activation_bytes(chunk, turn.ode_evaluations)
+
+    def state_bytes(self, stages: Sequence[str]) -> int:
+        """What stages of a phase keep between steps, whichever of them is computing."""
+        footprint = self.footprint
+        kept = {"thinker": footprint.thinker.state_bytes(footprint.width_bytes)}
+        if footprint.talker and footprint.sound:
+            kept["talker"] = footprint.talker.state_bytes(footprint.width_bytes)
+            kept["token2wav"] = footprint.sound.state_bytes(self.turn.ode_evaluations)
+        return sum(kept.get(stage, 0) for stage in stages)
+
+    def _holdings(self, component: str, passes: int) -> Sequence[Holding]:
+        if component not in STREAMABLE:
+            return (whole_holding(self.footprint.components[component]),)
+        holdings = holdings_of(self.footprint.components[component])
+        # Of what is read once nothing crosses the bus again: between all and least there is nothing to choose.
+        return holdings if passes > 1 or len(holdings) == 1 else (holdings[0], holdings[-1])
+
+
+def whole_holding(blocks: Sequence[BlockSize]) -> Holding:
+    return Holding(len(blocks) - 1, 0, sum(block.n_bytes for block in blocks), 0)
+
+
+@lru_cache(maxsize=32)
+def holdings_of(blocks: tuple[BlockSize, ...]) -> tuple[Holding, ...]:
+    """The ways to hold a component (its layers and, last, the rest) that are worth considering: all of it first, and
+    each further one streams more because it holds less."""
+    layers = len(blocks) - 1
+    partial = (_holding(blocks, evenly_spaced(layers, kept)) for kept in range(layers))
+    worthwhile = [whole_holding(blocks)]
+    for holding in sorted(partial, key=lambda holding: (holding.streamed_bytes, holding.held_bytes)):
+        if holding.held_bytes < worthwhile[-1].held_bytes:
+            worthwhile.append(holding)
+    return tuple(worthwhile)
+
+
+def _holding(blocks: Sequence[BlockSize], kept: frozenset[int]) -> Holding:
+    *layers, rest = [block.n_bytes for block in blocks]
+    streamed = [n_bytes for i, n_bytes in enumerate(layers) if i not in kept]
+    slots_bytes = min(STREAM_SLOTS, len(streamed)) * max(streamed)
+    kept_bytes = sum(layers) - sum(streamed)
+    return Holding(len(kept), len(streamed), kept_bytes + rest + slots_bytes, sum(streamed))
+
+
+def _halvings(asked: int, smallest: int, at_most: int) -> tuple[int, ...]:
+    """`asked`, and its halvings down to `smallest`, but for those that `at_most`, all there is to do, makes alike."""
+    sizes = [asked]
+    while (half := sizes[-1] // 2) >= smallest:
+        sizes.append(half)
+    return (asked, *(size for size in sizes[1:] if size < at_most))
