@@ -29,8 +29,10 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 from . import attention
 from .checkpoint import Checkpoint, TensorEntry, TensorReader
 from .errors import CheckpointError
-from .kv_cache import KVCache
+from .kv_cache import Int8KVCache, KVCache
 from .offload.transfer import TORCH_DTYPE, Transfer
+from .options import KVPrecision
+from .quant.formats import FORMATS
 from .quant.linear import AWQLinear
 from .quant.matmul import Backend
 from .quant.scheme import AWQScheme, read_scheme
@@ -53,9 +55,10 @@ class Decoder:
     head_dim: int
     dtype: torch.dtype
 
-    def new_cache(self, max_tokens: int, device: torch.device) -> KVCache:
-        """An empty cache for a turn of at most `max_tokens` positions."""
-        return KVCache(self.n_layers, self.kv_heads, self.head_dim, max_tokens, dtype=self.dtype, device=device)
+    def new_cache(self, max_tokens: int, device: torch.device, kv: KVPrecision = "16bit") -> KVCache:
+        """An empty cache for a turn of at most `max_tokens` positions: in the compute dtype, or in 8 bits."""
+        make = Int8KVCache if kv == "int8" else KVCache
+        return make(self.n_layers, self.kv_heads, self.head_dim, max_tokens, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,8 @@ def build_model(
     """Build the skeletons of `checkpoint` and account for every stored tensor; no weight is read.
 
     Thinker, talker and encoders compute in `dtype`; token2wav in float32, as the reference does. Raises
-    CheckpointError for missing, surplus, misshapen or mistyped tensors, UnsupportedQuantError for a quantization
-    other than AWQ.
+    CheckpointError for missing, surplus, misshapen or mistyped tensors, UnsupportedQuantError for a quantization that
+    `read_scheme` does not know.
     """
     attention.register()
     builder = _Builder(checkpoint, Transfer(reader, device), device, dtype, backend)
@@ -351,19 +354,21 @@ def _fit_quantized(
     backend: Backend,
     dtype: torch.dtype,
 ) -> None:
-    """Put a 4-bit linear wherever the checkpoint stores `.qweight`.
+    """Put a 4-bit linear wherever the checkpoint stores one, with a bias where it stores one (GPTQ tools add zeros).
 
     The published list of modules left alone names none that the library's tree has, so the tensors decide.
     """
+    marker = FORMATS[scheme.packing].marker
     for path, linear in list(layers.named_modules()):
-        if isinstance(linear, nn.Linear) and f"{prefix}{path}.qweight" in tensors:
+        if isinstance(linear, nn.Linear) and f"{prefix}{path}.{marker}" in tensors:
             quantized = AWQLinear(
                 linear.in_features,
                 linear.out_features,
-                bias=linear.bias is not None,
+                bias=linear.bias is not None or f"{prefix}{path}.bias" in tensors,
                 group_size=scheme.group_size,
                 backend=backend,
                 dtype=dtype,
+                packing=scheme.packing,
             )
             layers.set_submodule(path, quantized)
 

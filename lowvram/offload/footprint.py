@@ -257,6 +257,8 @@ def read_footprint(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any
         if name not in ON_HOST and component in sizes:
             block = _block_of(name, component)
             width = TOKEN2WAV_WIDTH_BYTES if component in ("dit", "bigvgan") else width_bytes
+            # Beside every scale of compressed-tensors lies half a byte of zero point on the device, stored or not.
+            width += name.endswith(".weight_scale")
             sizes[component][block] = sizes[component].get(block, 0) + _device_bytes(tensor, width)
     if not sizes["lm_head"] and ON_HOST[0] in tensors:  # tied to the embedding, which itself stays on the host
         sizes["lm_head"]["lm_head"] = _device_bytes(tensors[ON_HOST[0]], width_bytes)

@@ -24,8 +24,8 @@ MIDPOINT = 8
 """The nibble that torch's format takes for 0."""
 
 UNPACK_FROM_ROWS = 96
-"""From here on unpacking is faster: with K = 3584, N = 18944 and one thread, 64 rows take 50 ms by torch's kernel and
-60 ms unpacked, 128 rows 100 ms and 78 ms."""
+"""From here on unpacking is faster: at 64 rows torch's kernel took 0.8 of the time, at 96 as long, at 128 1.2 times as
+long, for K = 3584 and N = 18944 as for N = 3584 (benchmarks/kernels.py, one thread of a shared machine)."""
 
 SELF_TEST_TOLERANCE = 0.01
 """Three times the error that bfloat16 explains, and far below what a misread nibble makes."""
@@ -39,11 +39,11 @@ class Int4CpuBackend:
 
     name = "int4-cpu"
 
-    def __init__(self, reason: str = "") -> None:
+    def __init__(self, reason: str = "", unpack_from_rows: int = UNPACK_FROM_ROWS) -> None:
         self.reason = reason
         self._reference = ReferenceBackend()
         self._workspace = Workspace()
-        self._can_unpack = _packs_as_avx512()
+        self._unpack_from_rows = unpack_from_rows if _packs_as_avx512() else None
 
     @staticmethod
     def obstacle(device: torch.device, dtype: torch.dtype) -> str:
@@ -88,7 +88,7 @@ class Int4CpuBackend:
             return self._reference.matmul(x, weights, group_size)
         packed, scales_and_zeros = weights[PACKED], weights[SCALES_AND_ZEROS]
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        if self._can_unpack and len(rows) >= UNPACK_FROM_ROWS:
+        if self._unpack_from_rows is not None and len(rows) >= self._unpack_from_rows:
             out = self._unpack_and_multiply(rows, packed, scales_and_zeros)
         else:
             out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_and_zeros)
@@ -108,17 +108,15 @@ class Int4CpuBackend:
         """Bytes [n, K/2] and pairs [K/G, n, 2] of some columns -> weight [K, n]; good until the next call."""
         blocks = _in_blocks(packed)
         n_blocks, in_features, half = blocks.shape
-        device = packed.device
-        halves = self._workspace.take((2, *blocks.shape), torch.uint8, device)
+        groups, columns = scales_and_zeros.shape[:2]
+        halves = self._workspace.take((2, *blocks.shape), torch.uint8, packed.device)
         split_halves(blocks, halves)
-        weight = self._workspace.take((n_blocks, in_features, 2, half), torch.float32, device)
-        weight.copy_(halves.permute(1, 2, 0, 3))
-        in_groups = weight.view(n_blocks, len(scales_and_zeros), -1, BLOCK_COLUMNS).sub_(MIDPOINT)
+        steps = halves.sub_(MIDPOINT).view(torch.int8)
+        weight = self._workspace.take((in_features, n_blocks, 2, half), torch.bfloat16, packed.device)
+        in_groups = weight.copy_(steps.permute(2, 1, 0, 3)).view(groups, -1, columns)
         # Without a copy the pairs would be read with a stride of 2, which doubles the time of what follows.
-        scale, zero = scales_and_zeros.float().unflatten(1, (n_blocks, 1, -1)).permute(4, 1, 0, 2, 3).contiguous()
-        torch.addcmul(zero, in_groups, scale, out=in_groups)
-        rounded = self._workspace.take((in_features, n_blocks, BLOCK_COLUMNS), torch.bfloat16, device)
-        return rounded.copy_(weight.flatten(2).transpose(0, 1)).flatten(1)
+        scale, zero = scales_and_zeros.permute(2, 0, 1).contiguous().unsqueeze(2)
+        return torch.addcmul(zero, in_groups, scale, out=in_groups).view(in_features, columns)
 
 
 def _pack_for_kernel(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
+from .cuda import CudaBackend
 from .int4_cpu import Int4CpuBackend
 from .packing import TensorSpec
 from .reference import ReferenceBackend
@@ -47,8 +48,11 @@ class Backend(Protocol):
         """x [..., K] times the packed weight: [..., N], a new tensor in x's dtype, the same bits every time."""
 
 
-BACKENDS: tuple[type[Backend], ...] = (Int4CpuBackend, ReferenceBackend)
+BACKENDS: tuple[type[Backend], ...] = (Int4CpuBackend, CudaBackend, ReferenceBackend)
 """Best first; the last one serves everywhere."""
+
+OTHERS_KERNELS = ("autoawq", "gptqmodel", "triton")
+"""Names that people know and will try. None of them is needed: what they would read, our own backends read."""
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = None) -> Backend:
@@ -69,6 +73,13 @@ def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = 
 
 def _asked_for(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     known = {backend.name: backend for backend in BACKENDS}
+    if name in OTHERS_KERNELS:
+        raise BackendError(
+            f"kernel {name} is not called from here",
+            backend=name,
+            reason="no backend of ours",
+            hint="for a CUDA card pip install 'lowvram[cuda]', whose kernel int4-cuda reads the same checkpoints",
+        )
     if name not in known:
         raise BackendError(
             f"there is no kernel {name!r}", backend=name, reason="unknown name", hint=f"one of: {', '.join(known)}"

@@ -1,59 +1,109 @@
-"""How a checkpoint says it is quantized: `quantization_config` -> an AWQ scheme, nothing, or a named refusal.
+"""How a checkpoint says it is quantized: `quantization_config` -> a 4-bit scheme, nothing, or a named refusal.
 
-Reads the keys of transformers' config.json (`quant_method`, `bits`, `group_size`) and of AutoAWQ's quant_config.json
-(`w_bit`, `q_group_size`). Which linears are quantized it does not say: the published list of modules left alone names
-none that a current module tree has, so the stored tensors decide.
+Reads the configs of AWQ (transformers' keys and AutoAWQ's own), GPTQ and compressed-tensors. Which linears are
+quantized they do not say: the published list of modules left alone names none that a current module tree has, so the
+stored tensors decide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import UnsupportedQuantError
 
-READABLE = "this build reads AWQ in version gemm with 4 bits and zero points, such as Qwen/Qwen2.5-Omni-7B-AWQ"
+READABLE = (
+    "this build reads 4 bits with one scale per group of inputs: AWQ (gemm), such as Qwen/Qwen2.5-Omni-7B-AWQ, GPTQ"
+    " without desc_act, and compressed-tensors (pack-quantized)"
+)
+
+Packing = Literal["awq", "gptq", "gptq_v2", "pack-quantized", "pack-quantized, asymmetric"]
+"""How a file packs a linear's numbers; see `formats`."""
+
+ORDERS_THAT_LEAVE_GROUPS = (None, False, "weight", "static")
+"""compressed-tensors' activation orders that matter while quantizing only: inputs lie in groups as they come."""
 
 
 @dataclass(frozen=True)
 class AWQScheme:
-    """Weights of `bits` bits with one scale and zero point per `group_size` inputs, packed as `version` does."""
+    """Weights of 4 bits with one scale and zero point per `group_size` inputs: what AWQ's tensors hold, in whichever
+    `packing` they are stored."""
 
     group_size: int
-    bits: int = 4
-    zero_point: bool = True
-    version: str = "gemm"
+    packing: Packing = "awq"
 
 
 def read_scheme(quantization_config: Mapping[str, Any] | None) -> AWQScheme | None:
     """The scheme of a checkpoint; None when it is not quantized.
 
-    Absent keys mean what transformers' AwqConfig takes them to mean: 4 bits, groups of 128, zero points, gemm. Raises
-    UnsupportedQuantError for any other method, version, width or group, naming what it found.
+    Absent keys mean what transformers takes them to mean: 4 bits, groups of 128, zero points, gemm, no desc_act.
+    Raises UnsupportedQuantError for any other method, version, width or group, naming what it found.
     """
     if not quantization_config:
         return None
     config = quantization_config
-    method = _method(config)
-    bits = _either(config, "bits", "w_bit", 4)
-    group_size = _either(config, "group_size", "q_group_size", 128)
+    match _method(config):
+        case "awq":
+            return _read_awq(config)
+        case "gptq":
+            return _read_gptq(config)
+        case "compressed-tensors":
+            return _read_compressed(config)
+        case method:
+            raise _refusal(f"by {method}" + (f" ({config['bits']} bits)" if "bits" in config else ""))
+
+
+def _read_awq(config: Mapping[str, Any]) -> AWQScheme:
     version = str(_either(config, "version", "format", "gemm")).lower()
-    backend = config.get("backend")
     zero_point = config.get("zero_point", True)
-    if method != "awq":
-        _refuse(f"by {method}" + (f" ({bits} bits)" if {"bits", "w_bit"} & set(config) else ""))
     if version != "gemm":
-        _refuse(f"by AWQ in version {version!r}, which packs weights in another order")
-    if backend == "llm-awq":
-        _refuse("by AWQ for backend 'llm-awq', which packs weights in another order")
-    if type(bits) is not int or bits != 4:
-        _refuse(f"by AWQ with bits {bits!r}")
-    if type(group_size) is not int or group_size < 1:
-        _refuse(f"by AWQ with group_size {group_size!r}, which is not a positive number of inputs")
+        raise _refusal(f"by AWQ in version {version!r}, which packs weights in another order")
+    if config.get("backend") == "llm-awq":
+        raise _refusal("by AWQ for backend 'llm-awq', which packs weights in another order")
     if zero_point is not True:
-        _refuse(f"by AWQ with zero_point {zero_point!r}")
-    return AWQScheme(group_size=group_size)
+        raise _refusal(f"by AWQ with zero_point {zero_point!r}")
+    bits, group_size = _either(config, "bits", "w_bit", 4), _either(config, "group_size", "q_group_size", 128)
+    return AWQScheme(_group_size("AWQ", bits, group_size))
+
+
+def _read_gptq(config: Mapping[str, Any]) -> AWQScheme:
+    version = str(_either(config, "checkpoint_format", "format", "gptq")).lower()
+    word = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
+    if config.get("desc_act"):
+        raise _refusal("by GPTQ with desc_act, which gives inputs to groups out of order")
+    if word != "int32":
+        raise _refusal(f"by GPTQ with pack_dtype {word!r}")
+    for pattern in config.get("dynamic") or {}:
+        if not str(pattern).startswith("-:"):  # those are left in 16 bit, which the stored tensors say, too
+            raise _refusal(f"by GPTQ with settings of their own for {pattern!r}")
+    group_size = _group_size("GPTQ", config.get("bits", 4), config.get("group_size", 128))
+    match version:
+        case "gptq" | "gptq_v2":
+            return AWQScheme(group_size, version)
+        case _:
+            raise _refusal(f"by GPTQ in format {version!r}, which packs weights in another order")
+
+
+def _read_compressed(config: Mapping[str, Any]) -> AWQScheme:
+    groups = list((config.get("config_groups") or {}).values())
+    if len(groups) != 1:
+        raise _refusal(f"by compressed-tensors in {len(groups)} groups of linears instead of one")
+    weights = groups[0].get("weights") or {}
+    packing = groups[0].get("format") or config.get("format")
+    beside = {**config, **groups[0]}
+    if packing != "pack-quantized":
+        raise _refusal(f"by compressed-tensors in format {packing!r}")
+    for key in ("input_activations", "output_activations", "kv_cache_scheme", "transform_config"):
+        if beside.get(key):
+            raise _refusal(f"by compressed-tensors with {key}")
+    kind, strategy = weights.get("type") or "int", weights.get("strategy") or "group"
+    if (kind, strategy) != ("int", "group"):
+        raise _refusal(f"by compressed-tensors with {kind} weights by {strategy}")
+    if weights.get("actorder") not in ORDERS_THAT_LEAVE_GROUPS:
+        raise _refusal(f"by compressed-tensors with actorder {weights['actorder']!r}, which reorders inputs")
+    group_size = _group_size("compressed-tensors", weights.get("num_bits"), weights.get("group_size"))
+    return AWQScheme(group_size, "pack-quantized" if weights.get("symmetric", True) else "pack-quantized, asymmetric")
 
 
 def _method(config: Mapping[str, Any]) -> str:
@@ -62,9 +112,18 @@ def _method(config: Mapping[str, Any]) -> str:
     return str(config.get("quant_method") or implied).lower()
 
 
+def _group_size(method: str, bits: object, group_size: object) -> int:
+    """`group_size`, once the numbers of a scheme are known to be readable."""
+    if type(bits) is not int or bits != 4:
+        raise _refusal(f"by {method} with bits {bits!r}")
+    if type(group_size) is not int or group_size < 1:
+        raise _refusal(f"by {method} with group_size {group_size!r}, which is not a positive number of inputs")
+    return group_size
+
+
 def _either(config: Mapping[str, Any], key: str, old_key: str, default: object) -> Any:
     return config.get(key, config.get(old_key, default))
 
 
-def _refuse(how: str) -> None:
-    raise UnsupportedQuantError(f"the checkpoint is quantized {how}", hint=READABLE)
+def _refusal(how: str) -> UnsupportedQuantError:
+    return UnsupportedQuantError(f"the checkpoint is quantized {how}", hint=READABLE)

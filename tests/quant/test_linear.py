@@ -8,6 +8,7 @@ from torch import nn
 from lowvram.errors import UnsupportedQuantError
 from lowvram.quant.linear import AWQLinear
 from lowvram.quant.matmul import Backend, choose_backend
+from lowvram.quant.packing import stored_layout
 
 CPU = torch.device("cpu")
 
@@ -40,9 +41,9 @@ def test_a_linear_without_bias_has_only_its_packed_parameters():
 
 
 @pytest.mark.parametrize("name", ["reference", "int4-cpu"])
-def test_stored_shapes_are_the_checkpoint_s_whatever_the_backend_keeps(name: str):
+def test_what_is_stored_is_the_checkpoint_s_whatever_the_backend_keeps(name: str):
     linear = skeleton(choose_backend(CPU, torch.bfloat16, name), torch.bfloat16)
-    assert linear.stored_shapes == {"qweight": (64, 16), "qzeros": (2, 16), "scales": (2, 128)}
+    assert dict(linear.stored) == stored_layout(64, 128, 32)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 3e-3)])

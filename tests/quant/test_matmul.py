@@ -152,7 +152,7 @@ def test_bfloat16_on_a_cpu_is_given_to_torch_s_kernel():
 def test_other_dtypes_on_a_cpu_are_given_to_the_reference_which_says_why():
     backend = choose_backend(CPU, torch.float32)
     assert backend.name == "reference"
-    assert backend.reason == "int4-cpu was passed over: it is fast in bfloat16 only, not in float32"
+    assert backend.reason.startswith("int4-cpu was passed over: it is fast in bfloat16 only, not in float32; ")
 
 
 def test_other_devices_are_given_to_the_reference():
@@ -162,8 +162,15 @@ def test_other_devices_are_given_to_the_reference():
 
 
 def test_an_unknown_name_lists_the_choices():
-    with pytest.raises(BackendError, match=r"no kernel 'marlin' \(one of: int4-cpu, reference\)"):
+    with pytest.raises(BackendError, match=r"no kernel 'marlin' \(one of: int4-cpu, int4-cuda, reference\)"):
         choose_backend(CPU, torch.bfloat16, "marlin")
+
+
+@pytest.mark.parametrize("name", ["autoawq", "gptqmodel", "triton"])
+def test_a_kernel_of_another_project_says_what_to_install_instead(name: str):
+    with pytest.raises(BackendError, match=rf"kernel {name} .*pip install 'lowvram\[cuda\]'") as caught:
+        choose_backend(CPU, torch.bfloat16, name)
+    assert caught.value.backend == name
 
 
 def test_a_name_that_cannot_serve_says_why():
