@@ -6,6 +6,8 @@ a causal triangle on itself, merged by the log-sum-exp of their scores. Nor need
 past: where nothing is hidden, the queries of a group are just more rows. The modelling library takes the function
 through its public registry, under `NAME`.
 
+A past that is kept in 8 bits is read back slice by slice and merged in the same way.
+
 Shapes: q [B, Hq, n, D]; k, v [B, Hkv, past + n, D] with Hq a multiple of Hkv; log-sum-exp [B, H, n].
 """
 
@@ -17,7 +19,15 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers import AttentionInterface
 
+from .kv_cache import Heads, Int8Heads
+
 NAME = "lowvram"
+
+SLICE_POSITIONS = 2048
+"""Positions of an 8-bit past that are in the compute dtype at once: 4 MiB of a 7B's keys and values in 16 bit."""
+
+Part = tuple[Tensor, Tensor]
+"""Attention over some of the keys, and its log-sum-exp."""
 
 
 def register() -> None:
@@ -25,25 +35,64 @@ def register() -> None:
     AttentionInterface.register(NAME, _attention_interface)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None) -> Tensor:
+def attend(q: Tensor, k: Heads, v: Heads, *, causal: bool, scale: float | None = None) -> Tensor:
     """Attention of `q`, the newest positions, over all of `k` and `v`; `causal` hides later keys from earlier queries.
 
     Returns [B, Hq, n, D]. Equal to softmax attention under a lower-right causal mask.
     """
+    if isinstance(k, Int8Heads):
+        assert isinstance(v, Int8Heads)
+        return _attend_in_slices(q, k, v, causal=causal, scale=scale)
+    assert isinstance(v, Tensor)
     n, past = q.shape[2], k.shape[2] - q.shape[2]
     if not causal or n == 1:
-        rows = _as_rows(q, k.shape[1])
-        return F.scaled_dot_product_attention(rows, k, v, scale=scale).view_as(q)
+        return _fused(_as_rows(q, k.shape[1]), k, v, causal=False, scale=scale).reshape(q.shape)
     if past == 0:
         k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], 1) for heads in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return _fused(q, k, v, causal=True, scale=scale)
     out, lse = _own_chunk(q, k[:, :, past:], v[:, :, past:], scale)
     rows = _as_rows(q, k.shape[1])
     seen, lse_seen = _with_lse(rows, k[:, :, :past], v[:, :, :past], causal=False, scale=scale)
     return _merge(out, lse, seen.reshape(q.shape), lse_seen.reshape(lse.shape))
 
 
-def _own_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+def _attend_in_slices(q: Tensor, k: Int8Heads, v: Int8Heads, *, causal: bool, scale: float | None) -> Tensor:
+    """`attend` on keys and values in 8 bits: at most `SLICE_POSITIONS` of either are read back at once."""
+    if k.turn is not None:
+        exact = torch.promote_types(q.dtype, k.turn.dtype)
+        q = (q.to(exact) @ k.turn.to(exact)).to(q.dtype)
+    n, past = q.shape[2], k.shape[2] - q.shape[2]
+    if not causal or n == 1:
+        return _join(q, k, v, None, k.shape[2], scale)
+    outs = []
+    for start in range(0, n, SLICE_POSITIONS):
+        chunk = q[:, :, start : start + SLICE_POSITIONS]
+        seen, total = past + start, past + start + chunk.shape[2]
+        own = _own_chunk(chunk, k.read(seen, total), v.read(seen, total), scale)
+        outs.append(_join(chunk, k, v, own, seen, scale))
+    return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
+
+
+def _join(q: Tensor, k: Int8Heads, v: Int8Heads, part: Part | None, seen: int, scale: float | None) -> Tensor:
+    """Attention of all of `q` over the first `seen` keys, and over those that `part` has seen already."""
+    rows = _as_rows(q, k.shape[1])
+    for start in range(0, seen, SLICE_POSITIONS):
+        stop = min(start + SLICE_POSITIONS, seen)
+        part = _union(part, _with_lse(rows, k.read(start, stop), v.read(start, stop), causal=False, scale=scale))
+    assert part is not None, "there is at least one key"
+    return part[0].reshape(q.shape).to(q.dtype)
+
+
+def _union(part: Part | None, more: Part) -> Part:
+    """Two parts as one, shaped as the second and, since there may be many, in the precision of log-sum-exps."""
+    out, lse = more
+    if part is None:
+        return out.to(lse.dtype), lse
+    known, lse_known = part[0].reshape(out.shape).to(lse.dtype), part[1].reshape(lse.shape)
+    return _merge(known, lse_known, out, lse), torch.logaddexp(lse_known, lse)
+
+
+def _own_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Part:
     """The chunk on itself. Causal rows cannot be folded, so its few keys are repeated, and gone again afterwards."""
     k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], 1) for heads in (k, v))
     return _with_lse(q, k, v, causal=True, scale=scale)
@@ -60,27 +109,36 @@ def _merge(out: Tensor, lse: Tensor, seen: Tensor, lse_seen: Tensor) -> Tensor:
     return torch.lerp(out.to(weight.dtype), seen.to(weight.dtype), weight).to(out.dtype)
 
 
-def _with_lse(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+def _fused(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None) -> Tensor:
+    """Attention with as many key heads as query heads, by the kernel that torch chooses.
+
+    On `meta` torch would spell it out with all scores, which no trace of memory should count.
+    """
+    if q.device.type == "meta":
+        return _with_lse(q, k, v, causal=causal, scale=scale)[0]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+
+
+def _with_lse(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None) -> Part:
     """Attention with as many key heads as query heads, and its log-sum-exp, by the device's memory-bounded kernel.
 
     On CUDA that is flash attention, or the memory-efficient kernel where there is none: Windows wheels of torch,
-    cards before Ampere, float32. The latter pads its log-sum-exp to a multiple of 32 rows.
+    cards before Ampere, float32. The latter pads its log-sum-exp to a multiple of 32 rows. A `meta` tensor stands for
+    one on a CUDA device with flash attention.
     """
     aten = torch.ops.aten
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    if q.device.type != "cuda":
+    if q.device.type not in ("cuda", "meta"):
         return explicit_attention(q, k, v, causal=causal, scale=scale)
-    if can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, causal, False)):
+    if q.device.type == "meta" or can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, causal, False)):
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
     else:
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
     return out, lse[..., : q.shape[2]]
 
 
-def explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None) -> Part:
     """The slow twin of `attend`, with the log-sum-exp: explicit mask, explicit softmax, heads repeated.
 
     For devices without kernels of their own, for tests, and for reading.
@@ -97,8 +155,8 @@ def explicit_attention(
 def _attention_interface(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Heads,
+    value: Heads,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,

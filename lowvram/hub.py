@@ -46,14 +46,14 @@ def download(model_id: str, revision: str | None, on_progress: OnProgress | None
     """
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(model_id, revision):
+    with hub_errors(model_id, revision):
         missing_bytes = _require_room(model_id, revision)
         folder = snapshot_download(
             model_id,
             revision=revision,
             allow_patterns=list(WANTED_FILES),
             ignore_patterns=list(UNWANTED_FILES),
-            tqdm_class=_silent_bar(on_progress, missing_bytes),
+            tqdm_class=silent_bar(on_progress, missing_bytes),
         )
     return Path(folder)
 
@@ -69,7 +69,7 @@ def _require_room(model_id: str, revision: str | None) -> int | None:
             revision=revision,
             allow_patterns=list(WANTED_FILES),
             ignore_patterns=list(UNWANTED_FILES),
-            tqdm_class=_silent_bar(None, None),
+            tqdm_class=silent_bar(None, None),
             dry_run=True,
         )
     except DryRunError:
@@ -86,7 +86,7 @@ def _require_room(model_id: str, revision: str | None) -> int | None:
     return missing_bytes
 
 
-def _silent_bar(on_progress: OnProgress | None, total_bytes: int | None) -> Any:
+def silent_bar(on_progress: OnProgress | None, total_bytes: int | None) -> Any:
     """A progress bar class that draws nothing and reports bytes to `on_progress`.
 
     The hub counts received and written bytes in two bars and files in a third; the furthest of the first two is told.
@@ -111,7 +111,7 @@ def _silent_bar(on_progress: OnProgress | None, total_bytes: int | None) -> Any:
 
 
 @contextmanager
-def _hub_errors(model_id: str, revision: str | None) -> Iterator[None]:
+def hub_errors(model_id: str, revision: str | None) -> Iterator[None]:
     """Turn the hub library's errors into one sentence each."""
     from huggingface_hub import constants, errors
 

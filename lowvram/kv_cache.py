@@ -1,17 +1,49 @@
-"""A preallocated key/value cache that knows its bytes per token and hands out views of what it holds.
+"""Preallocated key/value caches that know their bytes per token and hand out views of what they hold.
 
-It has the one method that the modelling library's attention calls (`update`), allocates once, and never copies what is
-already in it.
+They have the one method that the modelling library's attention calls (`update`), allocate once, and never copy what is
+already in them. Between two steps a cache can forget its newest positions, and follow the turn to another device.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+LARGEST_CODE = 127
+
+
+@dataclass(frozen=True)
+class Int8Heads:
+    """Keys or values [B, Hkv, total, D] as int8 `codes` with a float32 scale per position and head, [B, Hkv, total, 1].
+
+    Stands where the modelling library passes a tensor through to `attend`, which reads it back in `dtype` piecewise.
+    Keys are stored turned by the orthonormal `turn` [D, D]: queries turned alike give the same scores.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    turn: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """The positions from `start` to before `stop` in `dtype`, [B, Hkv, stop - start, D], turned as they are."""
+        return (self.codes[:, :, start:stop] * self.scales[:, :, start:stop]).to(self.dtype)
+
+
+Heads = Tensor | Int8Heads
+"""What a cache hands to attention for a layer's keys, and for its values."""
+
+KEYS, VALUES = 0, 1
+
 
 class KVCache:
-    """Keys and values of `n_layers` layers for up to `max_tokens` positions, each [1, Hkv, max_tokens, D]."""
+    """Keys and values of `n_layers` layers for `max_tokens` positions: each [1, Hkv, max_tokens, D], in `dtype`."""
 
     def __init__(
         self,
@@ -24,20 +56,39 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.max_tokens = max_tokens
-        self.bytes_per_token = 2 * n_layers * kv_heads * head_dim * dtype.itemsize
-        self._store = torch.empty(n_layers, 2, 1, kv_heads, max_tokens, head_dim, dtype=dtype, device=device)
+        self._dtype = dtype
         self._filled = [0] * n_layers
+        self._stores = [
+            torch.empty(n_layers, 2, 1, kv_heads, max_tokens, width, dtype=stored, device=device)
+            for width, stored in self._layout(head_dim, dtype)
+        ]
+        self.bytes_per_token = sum(
+            2 * n_layers * kv_heads * width * stored.itemsize for width, stored in self._layout(head_dim, dtype)
+        )
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Append one layer's keys and values [1, Hkv, n, D]; return views of all that layer holds."""
+    @staticmethod
+    def _layout(head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
+        """Width and dtype of everything that is stored for a position and head, twice: for its key and its value."""
+        return ((head_dim, dtype),)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object) -> tuple[Heads, Heads]:
+        """Append one layer's keys and values [1, Hkv, n, D]; return all that the layer holds, without a copy."""
         start = self._filled[layer_idx]
         stop = start + key.shape[2]
         assert stop <= self.max_tokens, f"{stop} positions in a cache of {self.max_tokens}"
-        keys, values = self._store[layer_idx]
-        keys[:, :, start:stop] = key
-        values[:, :, start:stop] = value
+        for part, heads in ((KEYS, key), (VALUES, value)):
+            self._write(part, heads, [store[layer_idx, part, :, :, start:stop] for store in self._stores])
         self._filled[layer_idx] = stop
-        return keys[:, :, :stop], values[:, :, :stop]
+        keys, values = (
+            self._view(part, [store[layer_idx, part, :, :, :stop] for store in self._stores]) for part in (KEYS, VALUES)
+        )
+        return keys, values
+
+    def _write(self, part: int, heads: Tensor, places: list[Tensor]) -> None:
+        places[0].copy_(heads)
+
+    def _view(self, part: int, stored: list[Tensor]) -> Heads:
+        return stored[0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions held by a layer (the modelling library's name for it)."""
@@ -45,5 +96,77 @@ class KVCache:
 
     @property
     def n_bytes(self) -> int:
-        """Device bytes allocated, filled or not."""
-        return self._store.nbytes
+        """Device bytes allocated for positions, filled or not."""
+        return sum(store.nbytes for store in self._stores)
+
+    def rewind(self, length: int) -> None:
+        """Forget all positions from `length` on, in every layer: a step that failed midway has filled only some."""
+        assert length >= 0, length
+        self._filled = [min(filled, length) for filled in self._filled]
+
+    def move(self, device: torch.device) -> None:
+        """Continue on another device. Only what is filled travels; views handed out before stay where they were."""
+        self._stores = [self._moved(store, device) for store in self._stores]
+
+    def _moved(self, store: Tensor, device: torch.device) -> Tensor:
+        if store.device == device:
+            return store
+        moved, filled = torch.empty_like(store, device=device), max(self._filled)
+        # Head by head, since torch stages a copy with gaps in new memory, of which a device that is left has none.
+        for source, target in zip(store.flatten(0, 3), moved.flatten(0, 3), strict=True):
+            target[:filled].copy_(source[:filled])
+        return moved
+
+
+class Int8KVCache(KVCache):
+    """A cache in about half the bytes: an approximation, chosen by name.
+
+    Each position and head is rounded to nearest, key and value apart, in 1/127 of its own largest magnitude: no
+    element is off by more than 1/254 of that. Keys of this model family have a few channels far larger than the rest,
+    so they are turned first (`spreading_turn`), which spreads those over all. Attention reads even the newest positions
+    back from here, so that the rounding is the same however a prompt is cut into chunks.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        kv_heads: int,
+        head_dim: int,
+        max_tokens: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(n_layers, kv_heads, head_dim, max_tokens, dtype=dtype, device=device)
+        self._turn = spreading_turn(head_dim).to(device)
+
+    @staticmethod
+    def _layout(head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
+        return ((head_dim, torch.int8), (1, torch.float32))
+
+    def _write(self, part: int, heads: Tensor, places: list[Tensor]) -> None:
+        codes, scales = places
+        exact = heads.float() @ self._turn if part == KEYS else heads.float()
+        largest = exact.abs().amax(-1, keepdim=True)
+        scales.copy_((largest / LARGEST_CODE).clamp_min(torch.finfo(torch.float32).tiny))  # not 0, for heads of zeros
+        codes.copy_((exact / scales).round_())
+
+    def _view(self, part: int, stored: list[Tensor]) -> Heads:
+        codes, scales = stored
+        return Int8Heads(codes, scales, self._turn if part == KEYS else None, self._dtype)
+
+    def move(self, device: torch.device) -> None:
+        super().move(device)
+        self._turn = self._turn.to(device)
+
+
+def spreading_turn(head_dim: int) -> Tensor:
+    """An orthonormal float32 matrix [D, D] on the host that spreads each channel evenly: a Hadamard matrix.
+
+    Where D is no power of two, each block of channels of the largest that divides it is spread within itself.
+    """
+    with torch.device("cpu"):
+        block = torch.ones(1, 1)
+        while len(block) < head_dim & -head_dim:
+            block = torch.kron(block, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+        return torch.block_diag(*[block] * (head_dim // len(block))) / len(block) ** 0.5

@@ -31,10 +31,9 @@ from .options import Limits, MediaParams, SamplingParams, SpeechParams
 from .preprocess import Preprocessor, PromptShape
 from .quant.matmul import choose_backend
 from .room import Control
-from .token2wav.ode import solver_stages, time_grid
 from .token2wav.stream import Speaker
-from .token2wav.windows import chunk_codes
 from .turn import Machine, Request, Turn, Voice
+from .workload import turn_of
 
 Messages = Sequence[Mapping[str, Any]]
 DEFAULT_SPEECH = SpeechParams()
@@ -329,23 +328,7 @@ class OmniRuntime:
         return plan_memory(self._footprint, budget, self.limits, workload, device=device, begun=begun)
 
     def _workload(self, shape: PromptShape, sampling: SamplingParams, speech: SpeechParams | None) -> Workload:
-        workload = Workload(
-            prompt_tokens=shape.prompt_tokens,
-            visual_patches=shape.largest_visual_patches,
-            visuals=sum(times for times, _, _ in shape.grids),
-            audio_windows=shape.audio_windows,
-            text_tokens=sampling.max_tokens,
-            grids=shape.grids,
-            kv=self.limits.kv,
-        )
-        if speech:
-            workload = replace(
-                workload,
-                codes=speech.sampling.max_tokens,
-                speech_chunk_codes=chunk_codes(speech.chunk_s),
-                ode_evaluations=len(solver_stages(speech.solver, time_grid(speech.steps))),
-            )
-        return workload
+        return turn_of(shape.prompt_tokens, shape.grids, shape.audio_windows, sampling, speech, self.limits.kv)
 
     def _choose_voice(self, speech: SpeechParams | None) -> Voice | None:
         if speech is None or (speech is DEFAULT_SPEECH and not self._voices):

@@ -19,7 +19,8 @@ MODULES = {
 STAGES = ("encoders", "thinker", "talker", "token2wav.stream")
 SUBPACKAGES = ("offload", "quant", "token2wav")
 LIGHT = ("errors", "options", "events", "checkpoint", "offload.budget", "offload.footprint", "offload.plan",
-         "offload.cards", "offload.expect",
+         "offload.cards", "offload.expect", "shapes", "remote_headers", "planning", "workload", "preprocess.frames",
+         "preprocess.counts", "preprocess.messages", "preprocess.chat", "preprocess.plain_tokenizer",
          "quant.scheme", "token2wav.windows", "token2wav.ode", "forecast", "cli")  # fmt: skip
 LIBRARY_ROOMS = ("model", "preprocess.prompt", "kv_cache", "attention", "demo.weights")
 CUDA_ROOMS = ("offload.transfer", "offload.streams", "offload.meter", "quant.cuda", "device")

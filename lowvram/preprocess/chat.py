@@ -8,30 +8,61 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
 from ..errors import CheckpointError
-from .layout import MediaTokens
 from .messages import MediaPart, Message, TextPart
 
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer
 
     from ..media import Kind
+    from .plain_tokenizer import PlainTokenizer
+
+
+@dataclass(frozen=True)
+class MediaTokens:
+    """Ids of the placeholders, and of the tokens that open and close the sound inside a video."""
+
+    image: int
+    audio: int
+    video: int
+    audio_start: int
+    audio_end: int
+
+
+def read_media_tokens(thinker: Mapping[str, Any]) -> MediaTokens:
+    """The ids in a thinker's config, in either spelling of their keys. Raises KeyError where it lacks one."""
+
+    def placeholder(kind: Kind) -> int:
+        older = f"{kind}_token_index"
+        return cast(int, thinker[older] if older in thinker else thinker[f"{kind}_token_id"])
+
+    return MediaTokens(
+        image=placeholder("image"),
+        audio=placeholder("audio"),
+        video=placeholder("video"),
+        audio_start=thinker["audio_start_token_id"],
+        audio_end=thinker["audio_end_token_id"],
+    )
 
 
 class ChatTokenizer:
     """A checkpoint's tokenizer with the chat template in its `folder`; `tokens` are the media's ids by config.json.
 
+    A `PlainTokenizer` is enough to `encode`; what is about answers asks for the library's.
+
     Raises `CheckpointError` where the template cannot be read or the tokenizer does not know `tokens`.
     """
 
-    def __init__(self, tokenizer: Qwen2Tokenizer, folder: Path, tokens: MediaTokens) -> None:
-        self._tokenizer, self._template = tokenizer, _read_template(folder)
+    def __init__(self, tokenizer: Qwen2Tokenizer | PlainTokenizer, folder: Path, tokens: MediaTokens) -> None:
+        self._tokenizer: Any = tokenizer
+        self._template = _read_template(folder)
         self._kinds: dict[int, Kind] = {tokens.image: "image", tokens.audio: "audio", tokens.video: "video"}
         special = {i: token.content for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         for name, token in vars(tokens).items():

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .chat import MediaTokens
+
 
 @dataclass(frozen=True)
 class Clock:
@@ -24,17 +26,6 @@ class Clock:
     @property
     def positions_per_chunk(self) -> int:
         return int(self.positions_per_s * self.chunk_s)
-
-
-@dataclass(frozen=True)
-class MediaTokens:
-    """Ids of the placeholders, and of the tokens that open and close the sound inside a video."""
-
-    image: int
-    audio: int
-    video: int
-    audio_start: int
-    audio_end: int
 
 
 @dataclass(frozen=True)

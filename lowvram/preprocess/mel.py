@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .counts import mel_frames
+
 SEGMENT_FRAMES = 3000
 """Frames transformed at once: 30 s of sound, about 10 MB of working memory."""
-
-FEWEST_FRAMES = 3
-"""The fewest mel frames that make a token; a shorter sound counts as this long, padded with silence."""
 
 FLOOR = 1e-10
 DYNAMIC_RANGE = 8.0
@@ -38,13 +37,8 @@ class MelRecipe:
     filters: Tensor
 
     def frames(self, samples: int) -> int:
-        """Mel frames of a sound of `samples` samples: one per hop begun, at least as many as one token takes."""
-        return max(FEWEST_FRAMES, math.ceil(samples / self.hop_length))
-
-
-def audio_tokens(mel_frames: int) -> int:
-    """Tokens the audio tower makes of `mel_frames` frames: a convolution of stride 2, then pairs averaged."""
-    return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1
+        """Mel frames of a sound of `samples` samples."""
+        return mel_frames(samples, self.hop_length)
 
 
 def log_mel(sound: np.ndarray, recipe: MelRecipe, segment_frames: int = SEGMENT_FRAMES) -> Tensor:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,67 +25,48 @@ from ..errors import CheckpointError, LowVRAMError, MediaError, OptionError
 from ..flow import AudioInput, ModelInputs, VisualInput
 from ..media import (
     SOUND_RATE_HZ,
-    Kind,
     Medium,
-    Slides,
     Video,
-    measure_sound,
     open_medium,
     open_video,
     read_image,
     read_sound,
 )
 from ..options import Limits, MediaParams
-from .chat import ChatTokenizer
-from .frames import (
-    VisionRecipe,
-    count_frames,
-    every_frame,
-    frame_indices,
-    frame_size,
-    frame_span,
-    image_size,
-    patchify,
-    resize_frame,
-    resize_image,
+from .chat import ChatTokenizer, read_media_tokens
+from .counts import (
+    MediumShape,
+    audio_windows,
+    check_kind,
+    count_image,
+    count_video,
+    heard_samples,
+    is_picked,
+    read_recipe,
+    shown_frames,
+    sound_samples,
+    window_frames,
 )
+from .frames import every_frame
 from .layout import (
     AudioSegment,
     Clock,
     ImageSegment,
     Layout,
-    MediaTokens,
     Segment,
     TextSegment,
     VideoSegment,
     lay_out,
 )
-from .mel import MelRecipe, audio_tokens, log_mel
+from .mel import MelRecipe, log_mel
 from .messages import MediaPart, read_messages
-
-READABLE_AS: Mapping[str, tuple[str, ...]] = {"image": ("image",), "audio": ("audio", "video"), "video": ("video",)}
-"""What a medium may be for each kind of part: the sound of a video is sound, too. The first picture of an animated one
-(GIF, APNG, WebP) is an image."""
+from .pixels import frame_indices, patchify, resize_frame, resize_image
 
 TRAINED_PROMPT_TOKENS = 32_768
 """The longest prompts that the published models were trained on. Their positions reach further, for a frame's tokens
 share theirs."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class MediumShape:
-    """What one medium adds to a prompt: placeholders, and what its encoders will be given.
-
-    `grid` counts patches (temporal, height, width), None for a sound; `mel_frames` is 0 where there is no sound.
-    """
-
-    name: str
-    kind: Kind
-    tokens: int
-    grid: tuple[int, int, int] | None
-    mel_frames: int
 
 
 @dataclass(frozen=True)
@@ -126,17 +106,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Medium:
-    """An opened medium: how many mel frames and which grid of patches it will give, and how to get them.
+    """An opened medium: what it adds to the prompt, and how to get its patches and its mel, where it has them."""
 
-    A sound has no grid; a picture without sound has 0 mel frames.
-    """
-
-    name: str
-    kind: Kind
-    grid: tuple[int, int, int] | None = None
+    shape: MediumShape
     patches: Callable[[], Iterator[Tensor]] | None = None
     seconds_per_patch: float = 0.0
-    mel_frames: int = 0
     mel: Callable[[], Tensor] | None = None
 
 
@@ -150,17 +124,17 @@ class Preprocessor:
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         published = _read_json(folder / "preprocessor_config.json")
         try:
-            self._vision = _vision_recipe(published)
             self._mel = _mel_recipe(published)
+            self._recipe = read_recipe(published)
         except KeyError as error:
             path = str(folder / "preprocessor_config.json")
             raise CheckpointError(f"{path} lacks {error}", path=path) from error
         try:
             thinker = config["thinker_config"]
-            self._tokens = _read_tokens(thinker)
+            self._tokens = read_media_tokens(thinker)
             self._clock = Clock(thinker["position_id_per_seconds"], thinker["seconds_per_chunk"])
             self._max_positions = int(thinker["text_config"]["max_position_embeddings"])
-            self._window_frames = 2 * int(thinker["audio_config"]["n_window"])
+            self._window_frames = window_frames(config)
         except KeyError as error:
             raise CheckpointError(f"config.json lacks {error}", path=str(folder / "config.json")) from error
         self._chat = ChatTokenizer(_read_tokenizer(folder), folder, self._tokens)
@@ -220,69 +194,46 @@ class Preprocessor:
 
     def _open_part(self, part: MediaPart, limits: Limits, stack: ExitStack) -> _Medium:
         medium = stack.enter_context(open_medium(part.source, limits))
-        is_first_picture = part.kind == "image" and medium.is_animation
-        if medium.kind not in READABLE_AS[part.kind] and not is_first_picture:
-            raise MediaError(
-                f"{part.where} says {part.kind}, but {medium.name} is of kind {medium.kind}", path=medium.name
-            )
+        check_kind(part, medium)
         openers = {"image": self._open_image, "audio": self._open_audio, "video": self._open_video}
         return openers[part.kind](part, medium, limits)
 
     def _open_image(self, part: MediaPart, medium: Medium, limits: Limits) -> _Medium:
         # Decoded for its size, which its orientation may turn, and forgotten until it is encoded.
         height, width, _ = read_image(medium, limits).shape
-        size = image_size(height, width, self._vision, part.params, part.size, medium.name)
-        patches = partial(self._image_patches, medium, size, limits)
-        return _Medium(medium.name, "image", self._grid(1, size), patches)
+        shape = count_image(part, medium.name, height, width, self._recipe)
+        return _Medium(shape, partial(self._image_patches, medium, shape, limits))
 
     def _open_audio(self, part: MediaPart, medium: Medium, limits: Limits) -> _Medium:
-        samples = measure_sound(medium, part.params.start_s, part.params.end_s)
-        if not samples:
-            raise MediaError(f"{medium.name} has 0 samples between its start and end", path=medium.name)
-        mel = partial(self._listen, medium, part.params, limits)
-        return _Medium(medium.name, "audio", mel_frames=self._mel.frames(samples), mel=mel)
+        shape = self._recipe.shape(medium.name, "audio", None, heard_samples(part, medium))
+        return _Medium(shape, mel=partial(self._listen, medium, part.params, limits))
 
     def _open_video(self, part: MediaPart, medium: Medium, limits: Limits) -> _Medium:
-        video, params, vision = open_video(medium, limits), part.params, self._vision
-        indices = self._choose_frames(video, part, all_of_them=isinstance(medium.content, Slides))
-        n_frames = len(indices)
-        size = frame_size(video.height, video.width, n_frames, vision, params, part.size, medium.name)
-        opened = _Medium(
-            medium.name,
-            "video",
-            self._grid(n_frames // vision.temporal_patch_size, size),
-            partial(self._video_patches, video, indices, size),
+        video, picked = open_video(medium, limits), is_picked(medium)
+        samples = sound_samples(part, medium, video)
+        shape = count_video(part, video, samples, self._recipe, picked)
+        indices = every_frame(video.frame_count) if picked else frame_indices(*shown_frames(part, video))
+        return _Medium(
+            shape,
+            partial(self._video_patches, video, indices, shape),
             # As the processor's `fps` option: what was asked for, not what rounding made of it.
-            vision.temporal_patch_size / params.fps,
+            self._recipe.vision.temporal_patch_size / part.params.fps,
+            partial(self._listen, medium, part.params, limits) if samples else None,
         )
-        samples = measure_sound(medium, params.start_s, params.end_s) if params.video_sound and video.has_sound else 0
-        if not samples:
-            return opened
-        return replace(opened, mel_frames=self._mel.frames(samples), mel=partial(self._listen, medium, params, limits))
-
-    def _choose_frames(self, video: Video, part: MediaPart, all_of_them: bool) -> list[int]:
-        if all_of_them:
-            return every_frame(video.frame_count)
-        params = part.params
-        first, last = frame_span(video.frame_count, video.fps, params.start_s, params.end_s, video.name)
-        n_frames = count_frames(last - first + 1, video.fps, params, part.n_frames, video.name)
-        return frame_indices(first, last, n_frames)
 
     def _listen(self, medium: Medium, params: MediaParams, limits: Limits) -> Tensor:
         return log_mel(read_sound(medium, params.start_s, params.end_s, limits), self._mel)
 
-    def _grid(self, times: int, size: tuple[int, int]) -> tuple[int, int, int]:
-        height, width = size
-        return times, height // self._vision.patch_size, width // self._vision.patch_size
+    def _image_patches(self, medium: Medium, shape: MediumShape, limits: Limits) -> Iterator[Tensor]:
+        vision = self._recipe.vision
+        still = resize_image(read_image(medium, limits), self._recipe.size(shape))
+        yield patchify(still.expand(vision.temporal_patch_size, *still.shape), vision)
 
-    def _image_patches(self, medium: Medium, size: tuple[int, int], limits: Limits) -> Iterator[Tensor]:
-        still = resize_image(read_image(medium, limits), size)
-        yield patchify(still.expand(self._vision.temporal_patch_size, *still.shape), self._vision)
-
-    def _video_patches(self, video: Video, indices: Sequence[int], size: tuple[int, int]) -> Iterator[Tensor]:
+    def _video_patches(self, video: Video, indices: Sequence[int], shape: MediumShape) -> Iterator[Tensor]:
+        vision, size = self._recipe.vision, self._recipe.size(shape)
         frames = (resize_frame(frame, size) for frame in video.frames(indices))
-        while together := list(islice(frames, self._vision.temporal_patch_size)):
-            yield patchify(torch.stack(together), self._vision)
+        while together := list(islice(frames, vision.temporal_patch_size)):
+            yield patchify(torch.stack(together), vision)
 
     def _lay_out(self, runs: Sequence[Sequence[int]], opened: Sequence[_Medium]) -> Layout:
         segments: list[Segment] = [TextSegment(runs[0])]
@@ -291,14 +242,13 @@ class Preprocessor:
         return lay_out(segments, self._tokens, self._clock)
 
     def _segment(self, medium: _Medium) -> Segment:
-        sound_tokens = audio_tokens(medium.mel_frames) if medium.mel_frames else 0
-        if medium.grid is None:
-            return AudioSegment(sound_tokens)
-        times, height, width = medium.grid
-        height, width = height // self._vision.merge_size, width // self._vision.merge_size
-        if medium.kind == "image":
+        shape = medium.shape
+        if shape.grid is None:
+            return AudioSegment(shape.tokens)
+        times, height, width = self._recipe.tokens_along(shape.grid)
+        if shape.kind == "image":
             return ImageSegment(height, width)
-        return VideoSegment(times, height, width, medium.seconds_per_patch, sound_tokens)
+        return VideoSegment(times, height, width, medium.seconds_per_patch, shape.tokens - times * height * width)
 
     def _shape(self, layout: Layout, opened: Sequence[_Medium]) -> PromptShape:
         placeholders = (self._tokens.image, self._tokens.audio, self._tokens.video)
@@ -311,11 +261,8 @@ class Preprocessor:
             audio_tokens=audio,
             video_tokens=video,
             next_position=layout.next_position,
-            media=tuple(
-                MediumShape(m.name, m.kind, len(rows.picture) + len(rows.sound), m.grid, m.mel_frames)
-                for m, rows in zip(opened, layout.rows, strict=True)
-            ),
-            audio_windows=sum(math.ceil(medium.mel_frames / self._window_frames) for medium in opened),
+            media=tuple(medium.shape for medium in opened),
+            audio_windows=sum(audio_windows(medium.shape.mel_frames, self._window_frames) for medium in opened),
         )
 
     def _refuse_beyond(self, shape: PromptShape, limits: Limits) -> None:
@@ -356,7 +303,7 @@ def _model_inputs(layout: Layout, opened: Sequence[_Medium]) -> ModelInputs:
         layout.input_ids,
         layout.position_ids,
         layout.next_position,
-        tuple(VisualInput(m.grid, rows.picture, m.patches) for m, rows in placed if m.grid and m.patches),
+        tuple(VisualInput(m.shape.grid, rows.picture, m.patches) for m, rows in placed if m.shape.grid and m.patches),
         tuple(AudioInput(m.mel(), rows.sound) for m, rows in placed if m.mel),
     )
 
@@ -366,20 +313,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", path=str(path)) from error
-
-
-def _vision_recipe(published: Mapping[str, Any]) -> VisionRecipe:
-    # Newer files write the pixel bounds as edges of `size`, in pixels all the same.
-    size = published.get("size") or {}
-    return VisionRecipe(
-        patch_size=published["patch_size"],
-        merge_size=published["merge_size"],
-        temporal_patch_size=published["temporal_patch_size"],
-        mean=tuple(published["image_mean"]),
-        std=tuple(published["image_std"]),
-        min_pixels=published.get("min_pixels") or size["shortest_edge"],
-        max_pixels=published.get("max_pixels") or size["longest_edge"],
-    )
 
 
 def _mel_recipe(published: Mapping[str, Any]) -> MelRecipe:
@@ -394,20 +327,6 @@ def _mel_recipe(published: Mapping[str, Any]) -> MelRecipe:
         extractor.n_fft,
         extractor.n_samples,
         torch.from_numpy(extractor.mel_filters).float().T.contiguous(),
-    )
-
-
-def _read_tokens(thinker: Mapping[str, Any]) -> MediaTokens:
-    def placeholder(kind: Kind) -> int:
-        older = f"{kind}_token_index"
-        return thinker[older] if older in thinker else thinker[f"{kind}_token_id"]
-
-    return MediaTokens(
-        image=placeholder("image"),
-        audio=placeholder("audio"),
-        video=placeholder("video"),
-        audio_start=thinker["audio_start_token_id"],
-        audio_end=thinker["audio_end_token_id"],
     )
 
 

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from lowvram.errors import MediaError, OptionError
 from lowvram.options import MediaParams
@@ -15,13 +12,9 @@ from lowvram.preprocess.frames import (
     count_frames,
     every_frame,
     fit_size,
-    frame_indices,
     frame_size,
     frame_span,
     image_size,
-    patchify,
-    resize_frame,
-    resize_image,
 )
 
 RECIPE = VisionRecipe(
@@ -34,10 +27,6 @@ RECIPE = VisionRecipe(
     max_pixels=16_384 * 28**2,
 )
 DEFAULT = MediaParams()
-
-
-def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @given(st.integers(28, 3000), st.integers(28, 3000), st.sampled_from([(3136, 12_845_056), (100_352, 602_112)]))
@@ -159,58 +148,6 @@ def test_a_number_of_frames_that_cannot_be_had_is_refused(n_frames: int):
         count_frames(10, 30.0, DEFAULT, n_frames=n_frames, name="clip.mp4")
 
 
-def test_frames_are_spread_from_the_first_to_the_last():
-    assert frame_indices(0, 29, 6) == [0, 6, 12, 17, 23, 29]
-    assert frame_indices(5, 5, 2) == [5, 5]
-
-
-@settings(deadline=None)
-@given(st.integers(0, 50_000), st.integers(0, 50_000), st.integers(1, 384))
-def test_frame_numbers_never_go_back(first: int, length: int, pairs: int):
-    indices = frame_indices(first, first + length, 2 * pairs)
-    assert indices == sorted(indices)
-    assert (indices[0], indices[-1]) == (first, first + length)
-
-
 def test_of_given_frames_none_is_left_out():
     assert every_frame(3) == [0, 1, 2, 2]
     assert every_frame(4) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("size", [(56, 84), (112, 140)])
-def test_a_frame_is_resized_as_pillow_would_but_for_rounding(size: tuple[int, int]):
-    x, y = np.mgrid[0:90, 0:120] / 15
-    frame = np.stack([np.sin(x), np.cos(y), np.sin(x + y)], axis=2) * 100 + 128
-    frame = frame.astype(np.uint8)  # soft: Pillow also rounds and clips between rows and columns
-    pillow = np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC), dtype=np.float32)
-    resized = resize_frame(frame, size).permute(1, 2, 0).numpy()
-    assert np.abs(resized - pillow).max() <= 1
-
-
-def test_a_resized_frame_is_bytes_again():
-    resized = resize_frame(noise(90, 120) // 128 * 255, (112, 140))
-    assert torch.equal(resized, resized.byte().float())
-
-
-def test_a_frame_of_the_right_size_is_left_alone():
-    frame = noise(56, 84)
-    assert np.array_equal(resize_frame(frame, (56, 84)).permute(1, 2, 0).numpy(), frame)
-
-
-def test_patches_of_an_image_equal_the_reference_processors():
-    image = noise(150, 230)
-    size = image_size(150, 230, RECIPE, DEFAULT, None, "")
-    still = resize_image(image, size)
-    reference = Qwen2VLImageProcessorPil(min_pixels=RECIPE.min_pixels, max_pixels=RECIPE.max_pixels)
-    expected = reference(Image.fromarray(image), return_tensors="pt")
-    patches = patchify(torch.stack([still, still]), RECIPE)
-    assert expected["image_grid_thw"].tolist() == [[1, size[0] // 14, size[1] // 14]]
-    torch.testing.assert_close(patches, expected["pixel_values"], atol=2e-6, rtol=0)
-
-
-def test_a_patch_holds_both_frames_channel_by_channel():
-    frames = torch.stack([torch.full((3, 28, 28), 51.0), torch.full((3, 28, 28), 204.0)])
-    patches = patchify(frames, RECIPE).view(4, 3, 2, 14, 14)
-    for channel, (mean, std) in enumerate(zip(RECIPE.mean, RECIPE.std, strict=True)):
-        expected = (torch.tensor([0.2, 0.8]) - mean) / std
-        torch.testing.assert_close(patches[:, channel, :, 5, 7], expected.expand(4, 2))
