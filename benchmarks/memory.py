@@ -1,90 +1,245 @@
-"""Peak memory of one turn, phase by phase: what the plan promised beside what the run held.
+"""Peak memory of a turn, phase by phase: what the plan promises beside what the code holds.
 
     python benchmarks/memory.py [CLIP] [--model demo] [--vram 8GiB] [--json] [-o results/memory.json]
+    python benchmarks/memory.py --trace 7b-awq [--seconds 15 60] [--budgets 6GiB 8GiB] [--no-speech]
 
-On CUDA the device's allocator is asked; on a CPU live tensors are tracked, which is slow and counts the host's share,
-too. A plan is no measurement: the two never share a column.
+The first form answers once about a clip and measures: on CUDA the device's allocator is asked; on a CPU live tensors
+are tracked, which is slow and counts the host's share, too. The second needs neither weights nor a GPU: for clips of
+each length and each budget the real code runs on tensors without data, at the published model's full size. With
+`--weights` (a folder or hub id) and a CUDA card it measures the same turns, too, on made-up clips. Planned, traced and
+measured never share a column, and no column includes the plan's reserve.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness import card_lines, make_card, write_result
+import av
+import numpy as np
+from harness import card_lines, make_card, with_commit, write_result
 from transformers.utils import logging
 
 from lowvram import Finished, LowVRAMError, OmniRuntime, SamplingParams, SpeechParams
 from lowvram.device import open_device
-from lowvram.offload.meter import TRACKED_LIVE_TENSORS, LiveBytes
-from lowvram.offload.profile import MemoryProfile
-from lowvram.options import TALKER_SAMPLING
+from lowvram.errors import InfeasibleBudgetError
+from lowvram.offload.budget import Budget, format_bytes
+from lowvram.offload.footprint import read_footprint
+from lowvram.offload.meter import LiveBytes
+from lowvram.offload.plan import Turn as Workload
+from lowvram.offload.plan import plan_memory
+from lowvram.offload.profile import DEVICE_ALLOCATOR, PLANNED, TRACED
+from lowvram.options import TALKER_SAMPLING, Limits
+from lowvram.planning import find_headers
+from lowvram.profile_command import Asked, measure_answer, open_counter
+from lowvram.profile_file import MEANINGS, ProfileFile
+from lowvram.trace import trace_turn, traceable_model
+from lowvram.workload import StandIn, count_turn
 
 CLIP = Path(__file__).parent.parent / "examples" / "clip.mp4"
-NOTES = {
-    TRACKED_LIVE_TENSORS: "Tracked live tensors hold the host's share, too (buffers that weights are read through,"
-    " pictures, the prompt's rows); the plan counts the device's alone."
+
+MODELS = {
+    "7b-awq": "Qwen/Qwen2.5-Omni-7B-AWQ",
+    "7b": "Qwen/Qwen2.5-Omni-7B",
+    "3b": "Qwen/Qwen2.5-Omni-3B",
+    "demo": "demo",
 }
+"""What can be traced, by a short name."""
+
+FRAME = (672, 896)
+"""Height and width in pixels at which a frame has the most tokens that a frame of a video may have: 768."""
+
+SOUND_HZ = 16_000
+
+SECONDS = (15.0, 30.0, 60.0, 120.0, 600.0)
+BUDGETS = ("6GiB", "8GiB", "10GiB", "12GiB", "16GiB")
+
+PUBLISHED_GIB = {
+    "7b-awq": {15: 11.77, 30: 17.84, 60: 30.31},
+    "7b": {15: 31.11, 30: 41.85, 60: 60.19},
+    "3b": {15: 18.38, 30: 22.43, 60: 28.22},
+}
+"""Peaks by seconds of video, as published for the reference in "GB"; that GiB are meant shows reference_memory.py."""
 
 
-def measure(
-    clip: Path, *, model: str, vram: str | None, device: str, max_tokens: int, max_codes: int
-) -> tuple[dict[str, Any], MemoryProfile]:
-    """Answer once about `clip` in text and speech (greedy text, seed 0); returns the turn's card and its peaks."""
+def measure(clip: Path, *, model: str, vram: str | None, device: str, max_tokens: int, max_codes: int) -> ProfileFile:
+    """Answer once about `clip` in text and speech (greedy text, seed 0)."""
     messages = [{"role": "user", "content": [{"type": "video", "video": str(clip)}]}]
     sampling = SamplingParams(max_tokens=max_tokens, seed=0)
     speech = SpeechParams(sampling=replace(TALKER_SAMPLING, max_tokens=max_codes))
-    ledger = LiveBytes() if open_device(device).torch.type == "cpu" else None
-    counting: AbstractContextManager[Any] = ledger or nullcontext()
-    with OmniRuntime.open(model, vram=vram, device=device, meter=ledger) as omni:
-        plan = omni.plan(messages, sampling=sampling, speech=speech)
-        with counting:
-            *_, finished = omni.generate(messages, sampling=sampling, speech=speech)
-        assert isinstance(finished, Finished)
-        card = make_card(
-            omni.device.title,
-            model=model,
-            clip=clip.name,
-            vram=vram or "what was free",
-            prompt_tokens=finished.prompt_tokens,
-            text_tokens=len(finished.text_ids),
-            codes=len(finished.codec_ids),
-        )
-    memory: Any = finished.memory
-    return card, MemoryProfile.of(plan).add(memory["kind"], memory["peak_bytes"])
+    opened = open_device(device)
+    meter = open_counter(opened)
+    with OmniRuntime.open(model, vram=vram, device=opened, meter=meter) as omni:
+        return measure_answer(omni, meter, Asked(messages, sampling, speech), model=model)
+
+
+def write_clip(path: Path, seconds: float) -> None:
+    """A video of gray at 2 frames a second with a silent sound: what is in it changes no memory."""
+    frame = av.VideoFrame.from_ndarray(np.full((*FRAME, 3), 128, np.uint8), format="rgb24")
+    second = av.AudioFrame.from_ndarray(np.zeros((1, SOUND_HZ), np.float32), format="fltp", layout="mono")
+    second.sample_rate = SOUND_HZ
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=2)
+        video.height, video.width, video.pix_fmt = *FRAME, "yuv420p"
+        sound = container.add_stream("aac", rate=SOUND_HZ, layout="mono")
+        for stream, picture, ticks in ((video, frame, round(2 * seconds)), (sound, second, math.ceil(seconds))):
+            for tick in range(ticks):
+                picture.pts = tick * (SOUND_HZ if stream is sound else 1)
+                picture.time_base = Fraction(1, SOUND_HZ if stream is sound else 2)
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode(None))
+
+
+class Tracer:
+    """Plans and traces clips of one model at full size, in 16 bit; `largest` lists so many storages per peak, and
+    `timeline` what was held step by step. Given `weights`, it measures the same turns on the CUDA card there is."""
+
+    def __init__(
+        self,
+        name: str,
+        speech: SpeechParams | None,
+        *,
+        largest: int = 0,
+        timeline: bool = False,
+        weights: str | None = None,
+    ) -> None:
+        self._name = name
+        self._speech = speech
+        self._largest = largest
+        self._timeline = timeline
+        self._weights = weights
+        self._headers = find_headers(MODELS[name])
+        self._footprint = read_footprint(self._headers.tensors, self._headers.config, width_bytes=2)
+        self._model = traceable_model(self._headers)
+
+    def rows(self, seconds: Sequence[float], budgets: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """A row per clip and budget: the peaks by phase, or why no plan fits."""
+        for clip_s in seconds:
+            turn = count_turn(self._headers, [], [StandIn("video", clip_s, FRAME)], speech=self._speech).turn
+            for budget in budgets:
+                about = {"seconds": clip_s, "budget": budget, "prompt_tokens": turn.prompt_tokens}
+                published = PUBLISHED_GIB.get(self._name, {}).get(int(clip_s))
+                yield about | {"published_gib": published} | self._row(turn, clip_s, budget)
+
+    def _row(self, turn: Workload, clip_s: float, budget: str) -> dict[str, Any]:
+        try:
+            plan = plan_memory(self._footprint, Budget.of(budget), Limits(), turn)
+        except InfeasibleBudgetError as error:
+            return {"refused": str(error)}
+        ledger = LiveBytes("meta", explain=self._largest > 0)
+        profile = trace_turn(self._model, plan, turn, self._speech, ledger=ledger)
+        if self._weights:
+            profile = profile.add(DEVICE_ALLOCATOR, self._measured(clip_s, budget))
+        row: dict[str, Any] = {"reserve_bytes": plan.reserve_bytes, "peak_bytes": profile.to_json()}
+        if self._timeline:
+            row["timeline"] = [asdict(moment) for moment in profile.timeline]
+        if self._largest:
+            row["largest"] = {phase: list(self._held(ledger, phase)) for phase in ledger.peaks}
+        return row
+
+    def _measured(self, clip_s: float, budget: str) -> Mapping[str, int]:
+        """Peaks of a real turn by the card's allocator. It may end its answer sooner; caches are allocated whole."""
+        with TemporaryDirectory() as folder, OmniRuntime.open(self._weights or "", vram=budget, device="cuda") as omni:
+            clip = Path(folder) / "clip.mp4"
+            write_clip(clip, clip_s)
+            messages = [{"role": "user", "content": [{"type": "video", "video": str(clip)}]}]
+            *_, finished = omni.generate(messages, sampling=SamplingParams(seed=0), speech=self._speech)
+            assert isinstance(finished, Finished)
+        peaks: Any = finished.memory["peak_bytes"]
+        return dict(peaks)
+
+    def _held(self, ledger: LiveBytes, phase: str) -> Iterator[str]:
+        counts = Counter(ledger.largest(phase))
+        for held in sorted(counts, key=lambda held: held.n_bytes * counts[held], reverse=True)[: self._largest]:
+            yield (
+                f"{counts[held]} x {format_bytes(held.n_bytes)} {held.operator} {list(held.shape)} {held.dtype},"
+                f" {held.line}"
+            )
+
+
+def row_lines(row: dict[str, Any]) -> Iterator[str]:
+    """A row for people: a line per phase."""
+    head = f"{row['seconds']:5g} s  {row['budget']:>6}"
+    if "refused" in row:
+        yield f"{head}  refused: {row['refused']}"
+        return
+    columns = row["peak_bytes"]
+    for phase, planned_bytes in columns[PLANNED].items():
+        cells = "  ".join(format_bytes(column[phase]).rjust(10) for column in columns.values())
+        yield f"{head}  {phase:24}{cells}  {planned_bytes / columns[TRACED][phase]:6.3f}"
+        yield from (f"{'':18}{line}" for line in row.get("largest", {}).get(phase, ()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and keep the result if asked; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Peak memory of one turn by phase: planned beside measured.")
+    """Measure or trace, print, and keep the result if asked; returns the exit code."""
+    chosen = _parser().parse_args(arguments)
+    logging.set_verbosity_error()
+    try:
+        result, lines = _trace(chosen) if chosen.trace else _measure(chosen)
+    except LowVRAMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if chosen.output:
+        write_result(chosen.output, result)
+    print(json.dumps(result) if chosen.json else "\n".join(lines))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Peak memory of a turn by phase: planned, traced or measured.")
     parser.add_argument("clip", nargs="?", type=Path, default=CLIP, help="a video (default: %(default)s)")
     parser.add_argument("--model", default="demo", help="hub id, folder or demo (default: %(default)s)")
     parser.add_argument("--vram", help="budget, such as 8GiB (default: what is free)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--max-codes", type=int, default=100)
+    parser.add_argument("--trace", choices=MODELS, help="measure nothing: trace this model at its full size")
+    parser.add_argument("--seconds", type=float, nargs="+", default=SECONDS, help="of traced clips")
+    parser.add_argument("--budgets", nargs="+", default=BUDGETS, help="for traced clips")
+    parser.add_argument("--steps", type=int, default=SpeechParams().steps, help="time points of traced speech's ODE")
+    parser.add_argument("--no-speech", action="store_true", help="trace answers in text alone")
+    parser.add_argument("--weights", help="measure the traced turns, too, with this checkpoint on a CUDA card")
+    parser.add_argument("--largest", type=int, default=0, help="list what was held at each traced peak: so many lines")
+    parser.add_argument("--timeline", action="store_true", help="add to the JSON what was held step by step")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("-o", "--output", type=Path, help="keep the JSON in this file, too")
-    chosen = vars(parser.parse_args(arguments))
-    as_json, output = chosen.pop("json"), chosen.pop("output")
-    logging.set_verbosity_error()
-    try:
-        card, profile = measure(chosen.pop("clip"), **chosen)
-    except LowVRAMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    result = {"card": card, "peak_bytes": profile.to_json()}
-    if output:
-        write_result(output, result)
-    notes = [note for kind, note in NOTES.items() if kind in profile.columns]
-    print(json.dumps(result) if as_json else "\n".join([*card_lines(card), "", str(profile), *notes]))
-    return 0
+    return parser
+
+
+def _measure(chosen: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    names = ("model", "vram", "device", "max_tokens", "max_codes")
+    recorded = measure(chosen.clip, **{name: getattr(chosen, name) for name in names})
+    recorded = replace(recorded, card=with_commit(recorded.card))
+    lines = [*card_lines(recorded.card), "", str(recorded.profile), f"{recorded.counted}: {MEANINGS[recorded.counted]}"]
+    return recorded.to_json(), lines
+
+
+def _trace(chosen: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    speech = None if chosen.no_speech else SpeechParams(steps=chosen.steps)
+    device = open_device("cuda").title if chosen.weights else "none: traced on tensors without data"
+    card = make_card(device, model=MODELS[chosen.trace], speech=speech is not None)
+    tracer = Tracer(chosen.trace, speech, largest=chosen.largest, timeline=chosen.timeline, weights=chosen.weights)
+    rows = list(tracer.rows(chosen.seconds, chosen.budgets))
+    kinds = (PLANNED, TRACED, *([DEVICE_ALLOCATOR] if chosen.weights else []))
+    head = f"{'clip':>7}  {'budget':>6}  {'phase':24}{'  '.join(f'{kind:>10}' for kind in kinds)}  planned/traced"
+    lines = [line for row in rows for line in row_lines(row)]
+    return {"card": card, "rows": rows}, [*card_lines(card), "", head, *lines, *_published_lines(chosen)]
+
+
+def _published_lines(chosen: argparse.Namespace) -> Iterator[str]:
+    published = PUBLISHED_GIB.get(chosen.trace, {})
+    figures = ", ".join(f"{gib} GiB at {clip_s} s" for clip_s, gib in published.items() if clip_s in chosen.seconds)
+    if figures:
+        yield f"Published for the reference: {figures}."
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ class Room:
             if not rest:
                 return
             self.phase = rest[0]
+            self._residency.make_way(self.phase)  # now, so that nobody counts the last phase's weights as this one's
             self._loading = self._residency.enter(self.phase)
 
     @property
@@ -121,6 +122,11 @@ class Room:
         """The stages of this phase that are not over, its last one in any case."""
         *others, last = self.phase.stages
         return (*(stage for stage in others if stage not in self._over), last)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV caches that this phase holds."""
+        return sum(cache.n_bytes for cache in self._caches)
 
     def end(self, stage: str) -> None:
         """A stage is over. Its weights stay for now, but another plan for the rest of the turn will do without them."""

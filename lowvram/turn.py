@@ -126,7 +126,7 @@ class Turn:
                 plan = self.room.plan
                 with self.machine.meter.phase(phase.name):
                     for part in (self._onload, self._encode, self._answer):
-                        yield from part(phase)
+                        yield from self._watched(part(phase))
                 if self.room.plan is plan:
                     self._compare_with(plan, phase)
         except Cancelled:
@@ -138,6 +138,13 @@ class Turn:
         finally:
             self.room.leave()
         yield self._finished()
+
+    def _watched(self, events: Iterator[Event]) -> Iterator[Event]:
+        """Events, with what was held up to each noted by the meter."""
+        for event in events:
+            label = event.stage if isinstance(event, Progress) else "text" if isinstance(event, TextDelta) else "speech"
+            self.machine.meter.mark(label, self.machine.residency.live_bytes, self.room.kv_bytes)
+            yield event
 
     def _compare_with(self, plan: Plan, phase: Phase) -> None:
         """Say so where a phase held more than was planned, and stop where that breaks the budget."""

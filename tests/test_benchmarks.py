@@ -9,24 +9,39 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import av
 import pytest
 from media_files import numbered_frame, write_video
 
 from lowvram.offload.meter import TRACKED_LIVE_TENSORS
-from lowvram.offload.profile import PLANNED
+from lowvram.offload.profile import PLANNED, TRACED
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 BRIEF = ("--device", "cpu", "--max-tokens", "2", "--max-codes", "12")
 
 
-@pytest.fixture(scope="module")
-def memory() -> Iterator[ModuleType]:
-    """benchmarks/memory.py, as `python benchmarks/memory.py` finds it."""
+@pytest.fixture(scope="module", autouse=True)
+def beside_their_scripts() -> Iterator[None]:
+    """Benchmarks are found as `python benchmarks/memory.py` finds what it imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        import memory
+        yield
 
-        yield memory
+
+@pytest.fixture(scope="module")
+def memory() -> ModuleType:
+    """benchmarks/memory.py"""
+    import memory
+
+    return memory
+
+
+@pytest.fixture(scope="module")
+def reference_memory() -> ModuleType:
+    """benchmarks/reference_memory.py"""
+    import reference_memory
+
+    return reference_memory
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +79,64 @@ def test_people_read_the_card_then_a_table_then_what_the_count_includes(measured
 def test_an_error_is_one_sentence_and_its_exit_code(memory: ModuleType, demo: Path, capsys: pytest.CaptureFixture[str]):
     assert memory.main(["missing.mp4", "--model", str(demo), *BRIEF]) == 5
     assert capsys.readouterr().err.startswith("error: cannot read missing.mp4")
+
+
+@pytest.fixture(scope="module")
+def traced(memory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """What a trace of the demo prints and keeps: one clip in a budget that is enough, and in one that is not."""
+    kept = tmp_path_factory.mktemp("traced") / "memory.json"
+    options = (
+        "--trace",
+        "demo",
+        "--seconds",
+        "2",
+        "--budgets",
+        "2GiB",
+        "1MiB",
+        "--no-speech",
+        "--largest",
+        "2",
+        "--timeline",
+    )
+    with redirect_stdout(StringIO()) as printed:
+        assert memory.main([*options, "-o", str(kept)]) == 0
+    return printed.getvalue(), json.loads(kept.read_text(encoding="utf-8"))
+
+
+def test_planned_and_traced_peaks_are_two_columns_over_the_same_phases(traced: tuple[str, dict[str, Any]]):
+    planned, counted = (traced[1]["rows"][0]["peak_bytes"][kind] for kind in (PLANNED, TRACED))
+    assert list(planned) == list(counted)
+    assert all(planned[phase] >= counted[phase] > 2**20 for phase in planned)
+
+
+def test_a_trace_keeps_its_timeline_and_the_card_says_that_nothing_was_measured(traced: tuple[str, dict[str, Any]]):
+    _, kept = traced
+    assert kept["card"]["device"].startswith("none: traced")
+    assert {moment["label"] for moment in kept["rows"][0]["timeline"]} >= {"load", "see", "prefill", "text"}
+
+
+def test_a_budget_in_which_nothing_fits_is_a_row_that_says_so(traced: tuple[str, dict[str, Any]]):
+    printed, kept = traced
+    assert "refused" in kept["rows"][1] and "1MiB  refused: phase" in printed
+
+
+def test_the_largest_storages_of_a_peak_are_listed_by_who_made_them(traced: tuple[str, dict[str, Any]]):
+    for lines in traced[1]["rows"][0]["largest"].values():
+        assert len(lines) == 2 and all("aten." in line and ".py:" in line for line in lines)
+
+
+def test_a_made_up_clip_is_as_long_as_asked_and_has_sound(memory: ModuleType, tmp_path: Path):
+    memory.write_clip(tmp_path / "clip.mp4", 3)
+    with av.open(str(tmp_path / "clip.mp4")) as clip:
+        shown = [(frame.height, frame.width) for frame in clip.decode(video=0)]
+    with av.open(str(tmp_path / "clip.mp4")) as clip:
+        samples = sum(frame.samples for frame in clip.decode(audio=0))
+    assert shown == 6 * [memory.FRAME]
+    assert samples >= 3 * memory.SOUND_HZ
+
+
+@pytest.mark.parametrize("seconds", [15, 60])
+def test_the_references_traced_peak_is_the_published_one_read_as_gib(reference_memory: ModuleType, seconds: int):
+    tokens = reference_memory.prompt_tokens(seconds)
+    peak_bytes = reference_memory.trace_thinker(reference_memory.thinker_config(), tokens)
+    assert peak_bytes / 2**30 == pytest.approx(reference_memory.PUBLISHED[seconds], rel=0.05)

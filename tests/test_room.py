@@ -52,6 +52,9 @@ class Shelf:
         self.diary.append(("enter", phase.peak_bytes))
         yield phase.peak_bytes, phase.peak_bytes
 
+    def make_way(self, phase: Phase) -> None:
+        self.diary.append(("way", phase.peak_bytes))
+
     def leave(self) -> None:
         self.diary.append("leave")
 
@@ -242,3 +245,9 @@ def test_a_stopped_turn_adapts_at_once():
     turn.control.set_budget(Budget(500))
     turn.room.adapt()
     assert turn.shelf.diary == [("plan", 500), ("enter", 500)]
+
+
+def test_a_phase_finds_the_last_ones_weights_gone():
+    turn = Turn()
+    next(turn.phases)
+    assert turn.shelf.diary == [("way", 1000)]

@@ -81,11 +81,11 @@ class Residency:
         that old and new never need the room together. May be broken off, or fail, at any block: what is there then
         counts, and the next `enter` goes on from it. Raises CheckpointError and torch.OutOfMemoryError.
         """
+        self.make_way(phase)
         staying, passing = self._divide(phase)
         self._residents = frozenset(
             b.name for c, p in phase.placements.items() if p is Placement.RESIDENT for b in self._components.get(c, ())
         )
-        self._drop_all_but({block.name for block in staying}, passing)
         loads = [(block, partial(self._onload, block)) for block in staying if block.name not in self._runs]
         for blocks in passing:
             ring = self._ring(blocks)
@@ -95,6 +95,11 @@ class Residency:
             load()
             done += block.n_bytes
             yield done, total
+
+    def make_way(self, phase: Phase) -> None:
+        """Drop what the phase has no place for; `enter`, which does so too, is yet to come."""
+        staying, passing = self._divide(phase)
+        self._drop_all_but({block.name for block in staying}, passing)
 
     def leave(self) -> None:
         """The turn is over: only what its last phase placed as resident stays."""

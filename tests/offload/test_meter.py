@@ -6,9 +6,12 @@ import gc
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from lowvram.offload.meter import LiveBytes, Meter, open_meter, process_bytes
+from lowvram.offload.meter import MOST_MOMENTS, LiveBytes, Meter, Timeline, open_meter, process_bytes
+from lowvram.offload.profile import Moment
 
 KIB_OF_FLOATS = 256
 
@@ -123,6 +126,99 @@ def test_a_phase_that_fails_is_over():
             raise ZeroDivisionError
         torch.zeros(KIB_OF_FLOATS)
     assert ledger.peaks == {"see": 0}
+
+
+def test_what_an_earlier_phase_left_is_not_a_phases_own_if_it_drops_it_first():
+    ledger = LiveBytes()
+    with ledger:
+        with ledger.phase("see"):
+            left = torch.zeros(4 * KIB_OF_FLOATS)
+        with ledger.phase("think"):
+            del left
+            torch.zeros(KIB_OF_FLOATS)
+    assert ledger.peaks == {"see": 4096, "think": 1024}
+
+
+def test_what_an_earlier_phase_left_counts_in_a_phase_that_keeps_it():
+    ledger = LiveBytes()
+    with ledger:
+        with ledger.phase("see"):
+            kept = torch.zeros(4 * KIB_OF_FLOATS)
+        with ledger.phase("think"):
+            pass
+    assert ledger.peaks == {"see": 4096, "think": 4096}, kept.shape
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_operator_composed_of_others_counts_what_they_make(mode: type[torch.no_grad] | type[torch.inference_mode]):
+    row, wide, column = torch.ones(1, 16), torch.ones(16, KIB_OF_FLOATS), torch.ones(KIB_OF_FLOATS, 1)
+    with mode(), LiveBytes() as ledger:
+        product = torch.einsum("ij,jk,kl->il", row, wide, column)  # by way of a row of 1 KiB
+    assert (ledger.live_bytes, ledger.peak_bytes) == (product.nbytes, product.nbytes + 1024)
+
+
+def test_an_explained_peak_lists_what_was_held_then_and_who_made_it():
+    ledger = LiveBytes(explain=True)
+    with ledger, ledger.phase("see"):
+        kept = torch.zeros(KIB_OF_FLOATS)
+        doubled = torch.cat((kept, kept))
+        del doubled
+        later = torch.zeros(8)
+    largest = ledger.largest("see")
+    assert [(held.n_bytes, held.operator, held.shape) for held in largest] == [
+        (2048, "aten.cat.default", (512,)),
+        (1024, "aten.zeros.default", (256,)),
+    ], later.shape
+
+
+def test_a_moment_has_the_highest_since_the_one_before_less_what_is_known():
+    ledger = LiveBytes()
+    with ledger:
+        weights = torch.zeros(KIB_OF_FLOATS)
+        ledger.mark("load", 1024, 0)
+        torch.zeros(3 * KIB_OF_FLOATS)
+        cache = torch.zeros(2 * KIB_OF_FLOATS)
+        ledger.mark("prefill", 1024, 2048)
+        ledger.mark("text", 1024, 2048)
+    assert ledger.timeline == (
+        Moment("load", 1024, 0, 0),
+        Moment("prefill", 1024, 2048, 1024),
+        Moment("text", 1024, 2048, 0),
+    ), (weights.shape, cache.shape)
+
+
+def test_where_weights_have_moved_what_is_held_now_stands_for_the_peak():
+    timeline = Timeline()
+    timeline.mark("load", 700, 0, peak_bytes=900, held_bytes=710)
+    timeline.mark("see", 700, 0, peak_bytes=900, held_bytes=710)
+    assert [moment.activation_bytes for moment in timeline.moments] == [10, 200]
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=5 * MOST_MOMENTS))
+def test_a_timeline_stays_short_and_keeps_its_highest(peaks: list[int]):
+    timeline = Timeline()
+    for peak_bytes in peaks:
+        timeline.mark("text", 0, 0, peak_bytes=peak_bytes, held_bytes=0)
+    totals = [moment.total_bytes for moment in timeline.moments]
+    assert len(totals) <= MOST_MOMENTS and max(totals) == max(peaks)
+
+
+def test_moments_that_are_merged_stay_in_order_and_evenly_spaced():
+    timeline = Timeline()
+    for n in range(3 * MOST_MOMENTS):
+        timeline.mark(str(n), 0, 0, peak_bytes=n, held_bytes=0)
+    order = [int(moment.label) for moment in timeline.moments]
+    assert order == list(range(3, 3 * MOST_MOMENTS, 4))
+
+
+def test_a_turn_begins_without_the_last_ones_peaks_and_moments():
+    ledger = LiveBytes()
+    with ledger:
+        with ledger.phase("see"):
+            torch.zeros(KIB_OF_FLOATS)
+        ledger.mark("see", 0, 0)
+        ledger.begin()
+    assert (ledger.peaks, ledger.timeline) == ({}, ())
 
 
 def test_outside_its_scope_nothing_is_counted():

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lowvram.offload.budget import MIB
-from lowvram.offload.profile import DEVICE_ALLOCATOR, PLANNED, TRACED, MemoryProfile
+from lowvram.offload.profile import DEVICE_ALLOCATOR, PLANNED, TRACED, MemoryProfile, Moment
 
 
 @pytest.fixture
@@ -44,3 +44,11 @@ def test_json_names_every_kind(profile: MemoryProfile):
         "planned": {"see": 300 * MIB, "think": 500 * MIB},
         "device allocator": {"think": 480 * MIB},
     }
+
+
+def test_a_profile_has_the_timeline_of_what_was_counted_last(profile: MemoryProfile):
+    moments = (Moment("prefill", weights_bytes=100, kv_bytes=20, activation_bytes=3),)
+    traced = profile.add(TRACED, {"see": 1}, moments)
+    assert profile.timeline == ()
+    assert traced.add(DEVICE_ALLOCATOR, {"see": 2}).timeline == moments
+    assert moments[0].total_bytes == 123

@@ -1,0 +1,159 @@
+"""Traces at full size: the plan holds for the code that runs, and what a trace skips would not have changed it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from turns import clip
+
+from lowvram import trace
+from lowvram.checkpoint import Headers, TensorHeader
+from lowvram.demo.config import TINY, omni_config
+from lowvram.demo.weights import stored_tensors
+from lowvram.model import OmniModel
+from lowvram.offload.budget import Budget
+from lowvram.offload.footprint import Footprint, read_footprint
+from lowvram.offload.meter import LiveBytes
+from lowvram.offload.plan import Placement, Plan, Turn, plan_memory
+from lowvram.offload.profile import PLANNED, TRACED, MemoryProfile
+from lowvram.options import Limits, SpeechParams
+from lowvram.shapes import shipped_headers
+from lowvram.trace import trace_turn, traceable_model
+
+BRIEF_SPEECH = SpeechParams(steps=3)
+"""Two evaluations in place of nine: less work, and a plan that knows it. benchmarks/memory.py traces all nine."""
+
+
+@dataclass(frozen=True)
+class Traceable:
+    """A model without weights, and what plans are made of."""
+
+    model: OmniModel
+    footprint: Footprint
+    limits: Limits
+
+    @classmethod
+    def of(cls, headers: Headers, **limits: Any) -> Traceable:
+        footprint = read_footprint(headers.tensors, headers.config, width_bytes=2)
+        return cls(traceable_model(headers), footprint, Limits(**limits))
+
+    def plan(self, turn: Turn, vram: str | None) -> Plan:
+        return plan_memory(self.footprint, Budget.of(vram), self.limits, turn)
+
+    def trace(self, turn: Turn, vram: str | None, ledger: LiveBytes | None = None) -> MemoryProfile:
+        return trace_turn(self.model, self.plan(turn, vram), turn, BRIEF_SPEECH, ledger=ledger)
+
+
+@pytest.fixture(scope="module")
+def seven_b_awq() -> Traceable:
+    """The published 7B-AWQ's shape."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    headers = shipped_headers("Qwen/Qwen2.5-Omni-7B-AWQ")
+    assert headers
+    return Traceable.of(headers)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Traceable:
+    """A small model in chunks so small that each stage takes several."""
+    config = omni_config(TINY, user_id=1, quantized=True, dtype="float16")
+    tensors = {tensor.name: TensorHeader(tensor.dtype, tensor.shape) for tensor in stored_tensors(config, TINY, "F16")}
+    headers = Headers("tiny", config, tensors, None, "made here")
+    return Traceable.of(headers, prefill_chunk_tokens=64, vision_chunk_patches=192, audio_chunk_windows=1)
+
+
+def spoken(seconds: int, **options: Any) -> Turn:
+    """A clip answered in text and speech."""
+    return clip(seconds, ode_evaluations=2, **options)
+
+
+def written(seconds: int, **options: Any) -> Turn:
+    """A clip answered in text alone."""
+    return clip(seconds, codes=0, **options)
+
+
+SMALL = spoken(5, grid=(8, 12), codes=64, text_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def answered(tiny: Traceable) -> tuple[MemoryProfile, LiveBytes]:
+    """A small turn's profile, and the ledger it was counted by."""
+    ledger = LiveBytes("meta", explain=True)
+    return tiny.trace(SMALL, None, ledger), ledger
+
+
+def ratios(profile: MemoryProfile) -> dict[str, float]:
+    """Planned over traced peak, by phase."""
+    planned, traced = profile.columns[PLANNED], profile.columns[TRACED]
+    assert planned.keys() == traced.keys()
+    return {phase: planned[phase] / traced[phase] for phase in planned}
+
+
+@pytest.mark.parametrize(
+    ("turn", "vram"),
+    [
+        (written(15), "6GiB"),
+        (spoken(15), "12GiB"),
+        (spoken(60), "8GiB"),
+    ],
+    ids=["15 s in 6 GiB", "15 s with speech in 12 GiB", "60 s with speech in 8 GiB"],
+)
+def test_a_plan_is_never_below_what_the_code_holds_and_at_most_15_percent_above(
+    seven_b_awq: Traceable, turn: Turn, vram: str
+):
+    profile = seven_b_awq.trace(turn, vram)
+    assert all(1 <= ratio <= 1.15 for ratio in ratios(profile).values()), f"\n{profile}"
+
+
+def test_streamed_layers_hold_what_is_planned_but_for_the_slice_of_a_weight_being_dequantized(seven_b_awq: Traceable):
+    turn = written(15)
+    plan, profile = seven_b_awq.plan(turn, "3GiB"), seven_b_awq.trace(turn, "3GiB")
+    assert Placement.STREAMED in plan.phases[-1].placements.values()
+    assert all(ratio <= 1.15 for ratio in ratios(profile).values()), f"\n{profile}"
+    for phase, traced_bytes in profile.columns[TRACED].items():
+        assert traced_bytes <= profile.columns[PLANNED][phase] + plan.workspace_bytes
+
+
+def test_a_longer_clip_holds_more_by_its_kv_cache_alone(tiny: Traceable):
+    turns = written(30, grid=(8, 12)), written(60, grid=(8, 12))
+    kv_bytes = [tiny.plan(turn, None).phases[0].kv_bytes for turn in turns]
+    short, long = (max(tiny.trace(turn, None).columns[TRACED].values()) for turn in turns)
+    assert long - short == kv_bytes[1] - kv_bytes[0]
+
+
+def highest(profile: MemoryProfile) -> dict[str, int]:
+    """The most that each kind of step held."""
+    steps: dict[str, int] = {}
+    for moment in profile.timeline:
+        steps[moment.label] = max(steps.get(moment.label, 0), moment.total_bytes)
+    return steps
+
+
+def test_skipping_repeated_work_changes_no_peak_of_any_kind_of_step(
+    tiny: Traceable, answered: tuple[MemoryProfile, LiveBytes], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trace, "LAYERED", ())
+    assert highest(tiny.trace(SMALL, None)) == highest(answered[0])
+
+
+def test_what_a_phase_holds_at_its_peak_can_be_listed(answered: tuple[MemoryProfile, LiveBytes]):
+    profile, ledger = answered
+    for phase, peak_bytes in profile.columns[TRACED].items():
+        assert sum(held.n_bytes for held in ledger.largest(phase)) == peak_bytes
+
+
+def test_a_timeline_divides_what_was_held_by_kind(tiny: Traceable, answered: tuple[MemoryProfile, LiveBytes]):
+    profile, _ = answered
+    labels = list(dict.fromkeys(moment.label for moment in profile.timeline))
+    assert labels == ["load", "hear", "see", "prefill", "text", "sound"]
+    blocks = [block for blocks in tiny.model.components.values() for block in blocks]
+    assert max(moment.weights_bytes for moment in profile.timeline) == sum(block.n_bytes for block in blocks)
+    assert max(moment.kv_bytes for moment in profile.timeline) == tiny.plan(SMALL, None).phases[0].kv_bytes
+    assert max(moment.total_bytes for moment in profile.timeline) == max(profile.columns[TRACED].values())
+
+
+def test_nothing_of_a_turn_is_left_on_the_device(answered: tuple[MemoryProfile, LiveBytes]):
+    assert answered[1].live_bytes == 0
