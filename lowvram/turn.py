@@ -142,7 +142,7 @@ class Turn:
     def _watched(self, events: Iterator[Event]) -> Iterator[Event]:
         """Events, with what was held up to each noted by the meter."""
         for event in events:
-            label = event.stage if isinstance(event, Progress) else "text" if isinstance(event, TextDelta) else "speech"
+            label = event.stage if isinstance(event, Progress) else "text" if isinstance(event, TextDelta) else "sound"
             self.machine.meter.mark(label, self.machine.residency.live_bytes, self.room.kv_bytes)
             yield event
 
