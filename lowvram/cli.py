@@ -1,58 +1,85 @@
 """The command line: flags -> options, events -> streams, errors -> exit codes.
 
-Results go to stdout, everything else to stderr. Heavy modules are imported inside the commands, so that `--help` and
-what can be refused without a model answer at once.
+Results go to stdout, everything else to stderr. Heavy modules are imported inside the commands, so that `--help`, what
+can be refused without a model, and `plan` answer at once.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import logging
-import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from . import __version__
-from .checkpoint import DEFAULT_MODEL, DEMO
-from .errors import LowVRAMError, OptionError
-from .events import Event, Progress, TextDelta
+from .contradictions import IN_A_CHAT, named_as_typed, refuse, refuse_to_overwrite
+from .conversation import Chat, open_part, read_arguments, text_to_speak, typed_lines
+from .errors import InfeasibleBudgetError, LowVRAMError, OptionError
+from .events import Event, Finished, Progress
+from .flags import (
+    DEFAULT_OUTPUT,
+    AsJson,
+    AsNdjson,
+    Beside,
+    Draw,
+    DryRun,
+    Keep,
+    Machine,
+    MediaArgument,
+    Memory,
+    Model,
+    Page,
+    Play,
+    Question,
+    Quiet,
+    ShowPlan,
+    Sight,
+    Sound,
+    SpeakText,
+    StandIns,
+    Target,
+    Trace,
+    Verbose,
+    Voice,
+    VoiceName,
+    spread,
+)
 from .listeners import (
     JsonReply,
     Listener,
     NdjsonReply,
-    ProgressLines,
     Reply,
     Speech,
     TextReply,
     answer_record,
     follow,
-    progress_amount,
     speech_to,
     unused_path,
     used_lines,
     write_text,
 )
-from .options import SOLVERS, TALKER_SAMPLING, Limits, MediaParams, SamplingParams, Solver, SpeechParams
+from .options import Limits, SpeechParams
+from .terminal import progress_shown
 
 if TYPE_CHECKING:
+    from .offload.meter import Meter
     from .preprocess import PromptShape
     from .runtime import OmniRuntime
-
-DEFAULT_OUTPUT = "reply.wav"
-"""Where speech goes unless told otherwise; an older one stays, and this one becomes reply-2.wav."""
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 """What a shell reports for a program that SIGINT or SIGPIPE ended."""
+
+SHORT_QUESTION = "?"
+"""What is planned for when nothing is asked, as `OmniRuntime.plan` does."""
 
 app = typer.Typer(
     add_completion=False,
@@ -63,120 +90,11 @@ app = typer.Typer(
 )
 
 
-def _flag(*names: str, panel: str, help: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, help=help, **more)
-
-
-_ASK, _SAY, _SEE, _RUN, _OUT = "Question and answer", "Speech", "Media", "Model and memory", "Output"
-
-Media = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="MEDIA", show_default=False, help="Videos, sounds, pictures: files, URLs, data: URLs, - for stdin."
-    ),
-]
-Prompt = Annotated[str, _flag("-p", "--prompt", panel=_ASK, help="What to say about the media, or instead of them.")]
-System = Annotated[str | None, _flag("--system", panel=_ASK, help="Another system prompt; speech may be poor with it.")]
-MaxTokens = Annotated[int, _flag("--max-tokens", panel=_ASK, help="End the text after this many tokens.")]
-Temperature = Annotated[float, _flag("--temperature", panel=_ASK, help="Of the text; 0 is greedy.")]
-TopK = Annotated[int, _flag("--top-k", panel=_ASK, help="Draw from this many tokens; 0 is all.")]
-TopP = Annotated[float, _flag("--top-p", panel=_ASK, help="Draw from the likeliest tokens up to this share; 1 is all.")]
-Seed = Annotated[int | None, _flag("--seed", panel=_ASK, help="Repeat an answer: text, speech and sound.")]
-
-Output = Annotated[
-    str | None,
-    _flag(
-        "-o",
-        "--output",
-        panel=_SAY,
-        show_default=f"a new {DEFAULT_OUTPUT}",
-        help="WAV file; - is raw s16le at 24 kHz on stdout.",
-    ),
-]
-NoSpeech = Annotated[bool, _flag("--no-speech", panel=_SAY, help="Answer in text alone.")]
-VoiceName = Annotated[str | None, _flag("--voice", panel=_SAY, show_default="the first", help="Chelsie or Ethan.")]
-MaxCodes = Annotated[int, _flag("--max-codes", panel=_SAY, help="End the speech after this many codes, 50 a second.")]
-SpeechTemperature = Annotated[float, _flag("--speech-temperature", panel=_SAY, help="Of the codes; 0 is greedy.")]
-Steps = Annotated[int, _flag("--steps", panel=_SAY, help="Points of the grid that sound is solved on.")]
-Guidance = Annotated[float, _flag("--guidance", panel=_SAY, help="How strictly sound follows the codes.")]
-SolverName = Annotated[str, _flag("--solver", panel=_SAY, help=f"One of: {', '.join(SOLVERS)}.")]
-ChunkSeconds = Annotated[float, _flag("--chunk-seconds", panel=_SAY, help="Sound to hand out at a time.")]
-
-Fps = Annotated[float, _flag("--fps", panel=_SEE, help="Frames of a video to look at per second.")]
-MaxFrames = Annotated[int, _flag("--max-frames", panel=_SEE, help="Frames of a video to look at, at most.")]
-MaxPixels = Annotated[
-    int | None,
-    _flag(
-        "--max-pixels",
-        panel=_SEE,
-        show_default=f"{MediaParams.max_pixels:,} a frame, {MediaParams.image_max_pixels:,} an image",
-        help="Make pictures this small.",
-    ),
-]
-Start = Annotated[float | None, _flag("--start", panel=_SEE, help="Begin videos and sounds here (seconds).")]
-End = Annotated[float | None, _flag("--end", panel=_SEE, help="End videos and sounds here (seconds).")]
-NoVideoSound = Annotated[bool, _flag("--no-video-sound", panel=_SEE, help="Leave the sound of videos out.")]
-
-Model = Annotated[str, _flag("--model", panel=_RUN, help="Hub id, folder, or demo: a tiny built-in one.")]
-Revision = Annotated[str | None, _flag("--revision", panel=_RUN, help="Branch, tag or commit on the hub.")]
-Vram = Annotated[
-    str | None, _flag("--vram", panel=_RUN, show_default="what is free", help="Memory to stay within, such as 8GiB.")
-]
-DeviceName = Annotated[str, _flag("--device", panel=_RUN, help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, _flag("--dtype", panel=_RUN, help="auto, float32, float16 or bfloat16.")]
-Kernel = Annotated[str | None, _flag("--kernel", panel=_RUN, show_default="the best", help="Code for 4-bit weights.")]
-PrefillChunk = Annotated[int, _flag("--prefill-chunk", panel=_RUN, help="Prompt tokens to read at once.")]
-MaxPromptTokens = Annotated[
-    int | None,
-    _flag("--max-prompt-tokens", panel=_RUN, show_default="what the model can", help="Longest prompt."),
-]
-
-Json = Annotated[bool, _flag("--json", panel=_OUT, help="One JSON object on stdout.")]
-Ndjson = Annotated[bool, _flag("--ndjson", panel=_OUT, help="A JSON object per event on stdout.")]
-Quiet = Annotated[bool, _flag("-q", "--quiet", panel=_OUT, help="Nothing on stderr but errors.")]
-Verbose = Annotated[bool, _flag("-v", "--verbose", panel=_OUT, help="Show where an error came from, and warnings.")]
-
-SHORT_QUESTION = "?"
-"""What is planned for when nothing is asked, as `OmniRuntime.plan` does."""
-
-ABOUT_SPEECH = (
-    "--output",
-    "--voice",
-    "--max-codes",
-    "--speech-temperature",
-    "--steps",
-    "--guidance",
-    "--solver",
-    "--chunk-seconds",
-)
-ABOUT_MEDIA = ("--fps", "--max-frames", "--max-pixels", "--start", "--end", "--no-video-sound")
-CONTRADICTIONS = (
-    *(("--no-speech", option) for option in ABOUT_SPEECH),
-    ("--quiet", "--verbose"),
-    ("--json", "--ndjson"),
-    ("--json", "--output -"),
-    ("--ndjson", "--output -"),
-    ("--dry-run", "--plan"),
-    ("--ndjson", "--dry-run"),
-    ("--ndjson", "--plan"),
-)
-"""Pairs of which at most one can be given. Raw sound and JSON would both want stdout; only an answer has events."""
-
-A_HUB_MODEL = "a --model on the hub"
-PREREQUISITES = (*((option, "media") for option in ABOUT_MEDIA), ("--revision", A_HUB_MODEL))
-"""Options that mean something only beside another."""
-
-MAY_BE_EMPTY = ("--prompt", "--system")
-
-TYPED_AS = {"chunk_s": "--chunk-seconds", "prefill_chunk_tokens": "--prefill-chunk"}
-"""Fields of options whose flag has another name."""
-
-
 def main() -> None:
     """The program `lowvram`. Its streams are UTF-8 on every system, also where the console's own encoding is not, and
     lead nowhere where there is no console (pythonw on Windows)."""
     sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     app()
@@ -203,133 +121,206 @@ def _program(
 
 
 @app.command()
+@spread
 def run(
     ctx: typer.Context,
-    media: Media = None,
-    prompt: Prompt = "",
-    system: System = None,
-    max_tokens: MaxTokens = SamplingParams.max_tokens,
-    temperature: Temperature = SamplingParams.temperature,
-    top_k: TopK = SamplingParams.top_k,
-    top_p: TopP = SamplingParams.top_p,
-    seed: Seed = None,
-    output: Output = None,
-    no_speech: NoSpeech = False,
-    voice: VoiceName = None,
-    max_codes: MaxCodes = TALKER_SAMPLING.max_tokens,
-    speech_temperature: SpeechTemperature = TALKER_SAMPLING.temperature,
-    steps: Steps = SpeechParams.steps,
-    guidance: Guidance = SpeechParams.guidance,
-    solver: SolverName = SpeechParams.solver,
-    chunk_seconds: ChunkSeconds = SpeechParams.chunk_s,
-    fps: Fps = MediaParams.fps,
-    max_frames: MaxFrames = MediaParams.max_frames,
-    max_pixels: MaxPixels = None,
-    start: Start = None,
-    end: End = None,
-    no_video_sound: NoVideoSound = False,
-    model: Model = DEFAULT_MODEL,
-    revision: Revision = None,
-    vram: Vram = None,
-    device: DeviceName = "auto",
-    dtype: Dtype = "auto",
-    kernel: Kernel = None,
-    prefill_chunk: PrefillChunk = Limits.prefill_chunk_tokens,
-    max_prompt_tokens: MaxPromptTokens = Limits.max_prompt_tokens,
-    as_json: Json = False,
-    ndjson: Ndjson = False,
+    question: Question,
+    draw: Draw,
+    voice: Voice,
+    sound: Sound,
+    sight: Sight,
+    model: Model,
+    memory: Memory,
+    machine: Machine,
+    media: MediaArgument = None,
+    speak: SpeakText = None,
+    as_json: AsJson = False,
+    ndjson: AsNdjson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    dry_run: Annotated[bool, _flag("--dry-run", panel=_OUT, help="Count the prompt's tokens and stop.")] = False,
-    plan: Annotated[bool, _flag("--plan", panel=_OUT, help="Show how memory would be used and stop.")] = False,
+    dry_run: DryRun = False,
+    plan: ShowPlan = False,
 ) -> None:
-    """Answer about media, a prompt, or both: text to stdout as it comes, speech to a WAV file."""
+    """Answer about media, a prompt, or both: text to stdout as it comes, speech to a file or the loudspeaker."""
     with _exit_codes(verbose), ExitStack() as stack:
-        _refuse(_typed(ctx))
-        with _named_as_typed():
-            limits = Limits(prefill_chunk_tokens=prefill_chunk, max_prompt_tokens=max_prompt_tokens)
-            pictures = MediaParams(
-                fps=fps,
-                start_s=start,
-                end_s=end,
-                video_sound=not no_video_sound,
-                **_frame_bounds(max_frames),
-                **_pixel_bounds(max_pixels),
-            )
-            sampling = SamplingParams(
-                max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-            )
-            talking = SpeechParams(
-                voice=voice,
-                sampling=_talker_sampling(max_codes, speech_temperature),
-                steps=steps,
-                guidance=guidance,
-                solver=cast("Solver", solver),
-                chunk_s=chunk_seconds,
-            )
-        spoken = None if no_speech else talking
-        progress = stack.enter_context(closing(_progress(quiet)))
-        stack.enter_context(_warnings_shown(progress))
-        _refuse_to_overwrite(media or [], output)
-        speech = _speech(output) if spoken and not (dry_run or plan) else Speech()
-        if plan and not media:
-            prompt = prompt or SHORT_QUESTION
-        messages = _messages(media or [], prompt, system, limits, stack)
-        if not verbose:
-            _hush()
-        runtime = stack.enter_context(
-            _open(model, progress, limits, revision=revision, vram=vram, device=device, dtype=dtype, kernel=kernel)
-        )
+        refuse(_typed(ctx))
+        with named_as_typed():
+            limits, seen, spoken = memory.limits(), sight.params(), sound.params(voice, draw.seed)
+            sampling = question.sampling(draw)
+        progress = stack.enter_context(progress_shown(quiet))
+        refuse_to_overwrite(media or [], voice.output)
+        sounds = _sounds(voice) if spoken and not (dry_run or plan) else []
+        prompt = question.prompt or (SHORT_QUESTION if plan and not media else "")
+        messages = [] if speak else read_arguments(media or [], prompt, question.system, limits, stack)
+        runtime = stack.enter_context(_open(model, memory, machine, limits, progress, verbose))
         if dry_run:
-            _print_shape(runtime.measure(messages, media=pictures), as_json)
+            _print_shape(runtime.measure(messages, media=seen), as_json)
         elif plan:
-            planned = runtime.plan(messages, sampling=sampling, speech=spoken, media=pictures)
+            planned = runtime.plan(messages, sampling=sampling, speech=spoken, media=seen)
             write_text(json.dumps(planned.to_json()) if as_json else str(planned), sys.stdout)
         else:
-            events = runtime.generate(messages, sampling=sampling, speech=spoken, media=pictures)
-            reply = (JsonReply if as_json else NdjsonReply if ndjson else TextReply)(_words_to(output))
-            record, interrupted = _answer(runtime, model, events, progress, speech, reply)
-            if not quiet:
-                write_text("\n".join(used_lines(record)), sys.stderr)
-            if interrupted:
-                raise typer.Exit(INTERRUPTED)
+            if speak and spoken:
+                events = runtime.speak(text_to_speak(speak), speech=spoken)
+            else:
+                events = runtime.generate(messages, sampling=sampling, speech=spoken, media=seen)
+            reply = (JsonReply if as_json else NdjsonReply if ndjson else TextReply)(_words_to(voice.output))
+            _answer(runtime, model.model, spoken, events, _Places(progress, sounds, reply), quiet)
 
 
 @app.command()
-def plan(
+@spread
+def chat(
     ctx: typer.Context,
-    media: Media = None,
-    prompt: Prompt = "",
-    system: System = None,
-    max_tokens: MaxTokens = SamplingParams.max_tokens,
-    no_speech: NoSpeech = False,
-    max_codes: MaxCodes = TALKER_SAMPLING.max_tokens,
-    fps: Fps = MediaParams.fps,
-    max_frames: MaxFrames = MediaParams.max_frames,
-    max_pixels: MaxPixels = None,
-    start: Start = None,
-    end: End = None,
-    no_video_sound: NoVideoSound = False,
-    model: Model = DEFAULT_MODEL,
-    revision: Revision = None,
-    vram: Vram = None,
-    device: DeviceName = "auto",
-    dtype: Dtype = "auto",
-    kernel: Kernel = None,
-    prefill_chunk: PrefillChunk = Limits.prefill_chunk_tokens,
-    max_prompt_tokens: MaxPromptTokens = Limits.max_prompt_tokens,
-    as_json: Json = False,
+    question: Question,
+    draw: Draw,
+    sight: Sight,
+    model: Model,
+    memory: Memory,
+    machine: Machine,
+    media: MediaArgument = None,
+    play: Play = False,
+    voice: VoiceName = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show how an answer would use the device, without reading a weight: the same as run --plan.
-
-    Without media and prompt: how a short question would.
-    """
-    run(**locals(), plan=True)
+    """Talk turn by turn: a line of stdin each, all of it remembered. /add FILE shows a medium, /quit ends."""
+    with _exit_codes(verbose), ExitStack() as stack:
+        refuse(_typed(ctx), IN_A_CHAT)
+        with named_as_typed():
+            limits, seen, sampling = memory.limits(), sight.params(), question.sampling(draw)
+            spoken = SpeechParams(voice=voice, mode="balanced") if play else None
+        said = Chat(lambda source: open_part(source, limits, stack), media or [], question.system)
+        with progress_shown(quiet) as progress:
+            runtime = stack.enter_context(_open(model, memory, machine, limits, progress, verbose))
+        for line in typed_lines(question.prompt):
+            with _told_and_forgotten(verbose), progress_shown(quiet) as progress:
+                if messages := said.take(line):
+                    sounds = _sounds(Voice(play=True)) if play else []
+                    events = runtime.generate(messages, sampling=sampling, speech=spoken, media=seen)
+                    finished, _ = _follow(runtime, events, _Places(progress, sounds, TextReply(sys.stdout)))
+                    if finished.text:
+                        said.keep(messages, finished.text)
+                    _raise_failure(sounds)
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+@spread
+def plan(
+    ctx: typer.Context,
+    question: Question,
+    sound: Sound,
+    sight: Sight,
+    stand_ins: StandIns,
+    model: Model,
+    memory: Memory,
+    target: Target,
+    media: MediaArgument = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show how an answer would use memory, on any card, at once: nothing is loaded, no weight is downloaded.
+
+    Without media and prompt: how a short question would. Exit code 0: it fits; 4: it does not. For this machine, with
+    what is free on it now: run --plan.
+    """
+    from .forecast import forecast, refusal_record
+    from .planning import find_headers
+    from .workload import count_turn, read_stand_ins
+
+    with _exit_codes(verbose), ExitStack() as stack:
+        refuse(_typed(ctx))
+        with named_as_typed():
+            limits, seen, spoken = memory.limits(), sight.params(), sound.params()
+            sampling, others = question.sampling(), read_stand_ins(*astuple(stand_ins))
+        budget, gpu = memory.budget(), target.card()
+        prompt = question.prompt or ("" if media else SHORT_QUESTION)
+        messages = read_arguments(media or [], prompt, question.system, limits, stack)
+        headers = find_headers(model.model, model.revision)
+        work = count_turn(headers, messages, others, media=seen, limits=limits, sampling=sampling, speech=spoken)
+        try:
+            found = forecast(headers, work, budget, limits, card=gpu, device=target.device, dtype=memory.dtype)
+        except InfeasibleBudgetError as error:
+            if as_json:
+                write_text(json.dumps(refusal_record(headers, error)), sys.stdout)
+            raise
+        write_text(json.dumps(found.to_json()) if as_json else str(found), sys.stdout)
+
+
+@app.command()
+@spread
+def profile(
+    ctx: typer.Context,
+    question: Question,
+    sound: Sound,
+    sight: Sight,
+    stand_ins: StandIns,
+    model: Model,
+    memory: Memory,
+    machine: Machine,
+    media: MediaArgument = None,
+    trace: Trace = False,
+    html: Page = None,
+    vs: Beside = None,
+    keep: Keep = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what memory an answer really takes, phase by phase and step by step, beside what is planned.
+
+    The answer is made and measured here; with --trace, at the model's full size without its weights and without a GPU.
+    """
+    from .device import open_device
+    from .planning import find_headers
+    from .profile_command import (
+        NOTHING_YET,
+        Asked,
+        Outputs,
+        measure_answer,
+        open_counter,
+        patience,
+        profile_text,
+        trace_answer,
+    )
+    from .workload import count_turn, read_stand_ins
+
+    with _exit_codes(verbose), ExitStack() as stack:
+        refuse(_typed(ctx), NOTHING_YET)
+        with named_as_typed():
+            limits, seen, spoken = memory.limits(), sight.params(), sound.params()
+            sampling, others = question.sampling(), read_stand_ins(*astuple(stand_ins))
+        outputs = Outputs.of(html, keep, vs, media or [])
+        prompt = question.prompt or ("" if media else SHORT_QUESTION)
+        messages = read_arguments(media or [], prompt, question.system, limits, stack)
+        progress = stack.enter_context(progress_shown(quiet))
+        meter = None if trace else open_counter(open_device(machine.device))
+        if not quiet and (reason := patience(meter)):
+            progress.say(reason)
+        if meter is None:
+            headers = find_headers(model.model, model.revision)
+            work = count_turn(headers, messages, others, media=seen, limits=limits, sampling=sampling, speech=spoken)
+            recorded = trace_answer(headers, work, memory.budget(), limits, speech=spoken, dtype=memory.dtype)
+        else:
+            runtime = stack.enter_context(_open(model, memory, machine, limits, progress, verbose, meter))
+            asked = Asked(messages, sampling, spoken, seen)
+            recorded = measure_answer(runtime, meter, asked, model=model.model, on_event=progress.show)
+        outputs.write(recorded)
+        write_text(profile_text(recorded, as_json=as_json), sys.stdout)
+
+
+@app.command()
+@spread
+def voices(model: Model, as_json: AsJson = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """List the voices of a model; the first one speaks unless another is named."""
+    with _exit_codes(verbose), progress_shown(quiet) as progress:
+        with _open(model, Memory(), Machine(device="cpu"), Limits(), progress, verbose) as runtime:
+            names = runtime.voices
+        for line in [json.dumps(names)] if as_json else names:
+            write_text(line, sys.stdout)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
     """Show what this machine offers: versions, devices, the kernel for 4-bit weights, caches and free disk."""
     from .doctor import examine, report_lines
 
@@ -348,7 +339,7 @@ def demo_model(
     from .demo import TINY, DemoSize, build_demo
 
     with _exit_codes():
-        _hush()
+        _quieten_transformers()
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OptionError(f"{folder} exists and is not an empty folder", hint="name a new one")
         try:
@@ -364,9 +355,7 @@ def _exit_codes(verbose: bool = False) -> Iterator[None]:
     try:
         yield
     except LowVRAMError as error:
-        if verbose:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error, verbose)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(INTERRUPTED) from error
@@ -374,6 +363,12 @@ def _exit_codes(verbose: bool = False) -> Iterator[None]:
         raise typer.Exit(BROKEN_PIPE) from error
     finally:
         _drop_unwritten(sys.stdout)
+
+
+def _print_error(error: LowVRAMError, verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+    print(f"error: {error}", file=sys.stderr)
 
 
 def _drop_unwritten(out: TextIO) -> None:
@@ -391,124 +386,17 @@ def _typed(ctx: typer.Context) -> dict[str, Any]:
     return {max(param.opts, key=len): ctx.params[param.name or ""] for param in typed}
 
 
-def _refuse(typed: Mapping[str, Any]) -> None:
-    """Refuse what contradicts itself, means nothing or is empty. An option at its default is not typed."""
-    given = {*typed, *([A_HUB_MODEL] if _is_on_hub(typed.get("--model", DEFAULT_MODEL)) else [])}
-    if typed.get("--output") == "-":
-        given.add("--output -")
-    for one, other in CONTRADICTIONS:
-        if {one, other} <= given:
-            raise OptionError(f"{one} and {other} contradict each other", hint="give one of them")
-    for option, needed in PREREQUISITES:
-        if option in given and needed not in given:
-            raise OptionError(f"{option} has no effect without {needed}", hint=f"leave {option} out")
-    for option, value in typed.items():
-        if value == "" and option not in MAY_BE_EMPTY:
-            raise OptionError(f"{option} is empty: 0 characters", hint="give it a value, or leave it out")
+def _sounds(voice: Voice) -> list[Speech]:
+    """Where speech goes. What cannot be written or played is refused here, before a model is opened."""
+    sounds: list[Speech] = []
+    if voice.output is not None or not voice.play:
+        output = str(unused_path(Path(DEFAULT_OUTPUT))) if voice.output is None else voice.output
+        sounds.append(speech_to(output, sys.stdout))
+    if voice.play:
+        from .playback import open_loudspeaker
 
-
-def _is_on_hub(model: str) -> bool:
-    return model != DEMO and not os.path.isdir(os.path.expanduser(model))
-
-
-@contextmanager
-def _named_as_typed() -> Iterator[None]:
-    """A complaint begins with the field that is wrong; here it begins with the flag."""
-    try:
-        yield
-    except OptionError as error:
-        field, _, complaint = str(error.args[0]).partition(" ")
-        flag = TYPED_AS.get(field, f"--{field.replace('_', '-')}")
-        raise OptionError(f"{flag} {complaint}", hint=error.hint) from error
-
-
-def _frame_bounds(max_frames: int) -> dict[str, int]:
-    """Videos of at most `max_frames`; the fewest allowed ones give way to it."""
-    return {"max_frames": max_frames, "min_frames": min(max_frames, MediaParams.min_frames)}
-
-
-def _refuse_to_overwrite(sources: Sequence[str], output: str | None) -> None:
-    """An answer must not replace the question."""
-    for source in sources:
-        if output and os.path.exists(output) and os.path.exists(source) and os.path.samefile(source, output):
-            raise OptionError(f"{output} is a medium to be read, and would be written over", hint="name another -o")
-
-
-def _pixel_bounds(max_pixels: int | None) -> dict[str, int]:
-    """Frames and images of at most `max_pixels`; the smallest allowed ones give way to it."""
-    if max_pixels is None:
-        return {}
-    return {
-        "max_pixels": max_pixels,
-        "min_pixels": min(max_pixels, MediaParams.min_pixels),
-        "image_max_pixels": max_pixels,
-        "image_min_pixels": min(max_pixels, MediaParams.image_min_pixels),
-    }
-
-
-def _talker_sampling(max_codes: int, temperature: float) -> SamplingParams:
-    """The reference's draw with two values of its own, which `SamplingParams` would call by the text's names."""
-    if max_codes < 1:
-        raise OptionError(f"max_codes is {max_codes}, but speech has at least 1 code", hint="or pass --no-speech")
-    if not 0 <= temperature < math.inf:
-        raise OptionError(f"speech_temperature is {temperature}, but must be 0 (greedy) or a positive number")
-    return replace(TALKER_SAMPLING, max_tokens=max_codes, temperature=temperature)
-
-
-def _speech(output: str | None) -> Speech:
-    return speech_to(str(unused_path(Path(DEFAULT_OUTPUT))) if output is None else output, sys.stdout)
-
-
-def _messages(
-    sources: Sequence[str], prompt: str, system: str | None, limits: Limits, stack: ExitStack
-) -> list[dict[str, Any]]:
-    """The conversation that the arguments mean: media in order, each as what its content is, then the words."""
-    if not sources and not prompt:
-        raise OptionError("nothing to answer: 0 media and no prompt", hint='try: lowvram run clip.mp4 -p "Who speaks?"')
-    parts = [_part(source, limits, stack) for source in sources]
-    if prompt:
-        parts.append({"type": "text", "text": prompt})
-    turns = [{"role": "user", "content": parts}]
-    return turns if system is None else [{"role": "system", "content": system}, *turns]
-
-
-def _part(source: str, limits: Limits, stack: ExitStack) -> dict[str, Any]:
-    """A medium as a message part. A pipe or a download is read once, here, and kept until `stack` is left."""
-    from .media import open_medium
-    from .media.sources import open_stored
-
-    stored = stack.enter_context(open_stored(source, limits))
-    reader = stored.reader()
-    reader.raw.name = stored.name  # type: ignore[attr-defined]  # how messages call it
-    with open_medium(reader, limits) as medium:
-        return {"type": medium.kind, medium.kind: reader}
-
-
-def _progress(quiet: bool) -> Listener:
-    if quiet:
-        return Listener()
-    return Bar() if sys.stderr.isatty() else ProgressLines(sys.stderr)
-
-
-class _Warnings(logging.Handler):
-    """What the package warns of, a line each beside the progress."""
-
-    def __init__(self, progress: Listener) -> None:
-        super().__init__(logging.WARNING)
-        self._progress = progress
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._progress.say(f"warning: {record.getMessage()}")
-
-
-@contextmanager
-def _warnings_shown(progress: Listener) -> Iterator[None]:
-    log, handler = logging.getLogger(__package__), _Warnings(progress)
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
+        sounds.append(open_loudspeaker())
+    return sounds
 
 
 def _words_to(output: str | None) -> TextIO:
@@ -516,79 +404,100 @@ def _words_to(output: str | None) -> TextIO:
     return sys.stderr if output == "-" else sys.stdout
 
 
-def _open(model: str, progress: Listener, limits: Limits, **places: Any) -> OmniRuntime:
+def _open(
+    model: Model,
+    memory: Memory,
+    machine: Machine,
+    limits: Limits,
+    progress: Listener,
+    verbose: bool,
+    meter: Meter | None = None,
+) -> OmniRuntime:
     from .runtime import OmniRuntime
 
     def on_download(done: int, total: int | None) -> None:
         progress.show(Progress("download", done, total, "bytes"))
 
-    return OmniRuntime.open(model, limits=limits, on_download=on_download, **places)
+    if not verbose:
+        _quieten_transformers()
+    return OmniRuntime.open(
+        model.model,
+        revision=model.revision,
+        vram=memory.vram,
+        ram=memory.ram,
+        device=machine.device,
+        dtype=memory.dtype,
+        kernel=machine.kernel,
+        limits=limits,
+        meter=meter,
+        on_download=on_download,
+    )
 
 
-def _hush() -> None:
+def _quieten_transformers() -> None:
     """Silence the modelling library's warnings, which are for people who write models; only a door may do so."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where an answer goes."""
+
+    progress: Listener
+    sounds: Sequence[Speech]
+    reply: Reply
+
+
 def _answer(
-    runtime: OmniRuntime, model: str, events: Iterator[Event], progress: Listener, speech: Speech, reply: Reply
-) -> tuple[dict[str, Any], bool]:
-    """Hand out an answer as it comes, then the whole of it; returns that, and whether Ctrl-C ended it early."""
+    runtime: OmniRuntime, model: str, speech: SpeechParams | None, events: Iterator[Event], places: _Places, quiet: bool
+) -> None:
+    """Hand out an answer as it comes, then the whole of it and what it used; Ctrl-C has its own exit code."""
     from .offload.meter import process_bytes
 
-    finished, interrupted = follow(events, (progress, speech, reply), runtime.cancel)
+    finished, interrupted = _follow(runtime, events, places)
     record = answer_record(
         finished,
         model=model,
         device=runtime.device.title,
         kernel=runtime.kernel,
-        audio_path=speech.written_to,
+        sounds=places.sounds,
+        speech_mode=speech.mode if speech else None,
         peak_resident_bytes=process_bytes().peak_resident_bytes,
     )
-    reply.end(record)
-    if speech.failure:
-        raise speech.failure
-    return record, interrupted
+    places.reply.end(record)
+    _raise_failure(places.sounds)
+    if not quiet:
+        write_text("\n".join(used_lines(record)), sys.stderr)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
-class Bar(Listener):
-    """Progress for a person: a bar on stderr that tells what is being done, gone as soon as there are words to read."""
+def _follow(runtime: OmniRuntime, events: Iterator[Event], places: _Places) -> tuple[Finished, bool]:
+    """The answer's end, and whether Ctrl-C brought it about; nobody hears more of it then."""
 
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Display
+    def cancel() -> None:
+        runtime.cancel()
+        for sound in places.sounds:
+            sound.hush()
 
-        self._display = Display(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[amount]}"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self._task = self._display.add_task("", total=None, amount="")
-        self._over = False
+    return follow(events, (places.progress, *places.sounds, places.reply), cancel)
 
-    def show(self, event: Event) -> None:
-        match event:
-            case TextDelta():
-                self.close()
-                self._over = True
-            case Progress(stage=stage, done=done, total=total) if not self._over:
-                self._display.start()
-                amount = progress_amount(event)
-                self._display.update(self._task, description=stage, completed=done, total=total, amount=amount)
 
-    def say(self, line: str) -> None:
-        self._display.console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _raise_failure(sounds: Sequence[Speech]) -> None:
+    for sound in sounds:
+        if sound.failure:
+            raise sound.failure
 
-    def close(self) -> None:
-        self._display.stop()
+
+@contextmanager
+def _told_and_forgotten(verbose: bool) -> Iterator[None]:
+    """A turn that fails is not the end of a chat."""
+    try:
+        yield
+    except LowVRAMError as error:
+        _print_error(error, verbose)
 
 
 def _print_shape(shape: PromptShape, as_json: bool) -> None:

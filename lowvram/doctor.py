@@ -27,7 +27,7 @@ def examine() -> dict[str, Any]:
     """Look at this machine. Nothing is downloaded; a device that is not there is a finding, not an error."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from .demo import _user_cache
+    from .demo import user_cache
 
     devices, obstacle = _devices()
     return {
@@ -38,7 +38,7 @@ def examine() -> dict[str, Any]:
         "no_cuda": obstacle,
         "folders": [
             _folder_record("models", Path(HF_HUB_CACHE)),
-            _folder_record("demo", _user_cache()),
+            _folder_record("demo", user_cache()),
             _folder_record("output", Path.cwd()),
         ],
     }

@@ -21,7 +21,9 @@ from .events import AudioChunk, Event, Finished, Progress, TextDelta
 from .offload.budget import format_bytes
 
 if TYPE_CHECKING:
-    from .token2wav.wav import WavWriter
+    import numpy as np
+
+    from .sound_file import SoundWriter
 
 
 class Listener:
@@ -80,42 +82,51 @@ class NdjsonReply(Reply):
 
 
 class Speech(Listener):
-    """The answer's sound. `written_to` says where it went, None while there was none; `failure` what stopped it, which
-    is for afterwards: the words of the answer go on."""
+    """The answer's sound. `written_to` says where it went, None while nowhere, and `was_played` whether it was heard;
+    `failure` what stopped it, which is for afterwards: the words of the answer go on."""
 
     written_to: str | None = None
+    was_played: bool = False
     failure: LowVRAMError | None = None
+
+    def hush(self) -> None:
+        """Nobody wants to hear the rest of it."""
 
 
 class SpeechFile(Speech):
-    """Sound to a WAV file that is valid after every chunk.
+    """Sound to a file of the kind that its name says.
 
     The file is opened with the first sound, so that a turn that fails before that leaves an older file alone.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._opened = ExitStack()
-        self._writer: WavWriter | None = None
+        self._writer: SoundWriter | None = None
 
     def show(self, event: Event) -> None:
-        if not isinstance(event, AudioChunk) or self.failure:
-            return
-        try:
-            self._write(event)
-        except LowVRAMError as error:
-            self.failure = error
-
-    def _write(self, event: AudioChunk) -> None:
-        if self._writer is None:
-            from .token2wav.wav import WavWriter
-
-            self._writer = self._opened.enter_context(WavWriter(self._path))
-            self.written_to = str(self._path)
-        self._writer.write(event.samples)
+        if isinstance(event, AudioChunk) and not self.failure:
+            with self._failing_later():
+                self._write(event.samples)
 
     def close(self) -> None:
-        self._opened.close()
+        if self._writer:
+            with self._failing_later():
+                self._writer.close()
+
+    def _write(self, samples: np.ndarray) -> None:
+        from .sound_file import open_sound_file
+
+        if self._writer is None:
+            self._writer = open_sound_file(self._path)
+            self.written_to = str(self._path)
+        self._writer.write(samples)
+
+    @contextmanager
+    def _failing_later(self) -> Iterator[None]:
+        try:
+            yield
+        except LowVRAMError as error:
+            self.failure = self.failure or error
 
 
 class SpeechPipe(Speech):
@@ -187,19 +198,22 @@ def follow(events: Iterator[Event], listeners: Sequence[Listener], cancel: Calla
 
 
 def speech_to(output: str, stdout: TextIO) -> Speech:
-    """Where speech goes. A place that cannot be written to is refused here, before a model is opened."""
+    """Where speech goes: a file, or `-` for `stdout`. What cannot be written is refused here, before a model is opened.
+
+    Raises OptionError for such a place, and what `sound_file.check_ending` does for the kind of file.
+    """
     if output == "-":
         if stdout.isatty():
             raise OptionError("raw sound would go to a terminal", hint="pipe it: -o - | aplay -f S16_LE -r 24000")
         return SpeechPipe(stdout.buffer)
+    from .sound_file import check_ending
+
     path = Path(output)
-    if path.suffix.lower() not in ("", ".wav"):
-        hint = f"name it {path.with_suffix('.wav').name}"
-        raise OptionError(f"{path.name} ends in {path.suffix}, but speech is written as a WAV file", hint=hint)
+    check_ending(path)
     if not path.parent.is_dir():
         raise OptionError(f"the folder {path.parent} for {path.name} does not exist", hint="make it, or choose another")
     if path.is_fifo():  # opening it would wait for a reader
-        raise OptionError(f"{path} is a pipe, but a WAV file is written in place", hint=f"raw sound: -o - > {path}")
+        raise OptionError(f"{path} is a pipe, but a sound file is written in place", hint=f"raw sound: -o - > {path}")
     is_new = not path.exists()
     try:
         path.open("ab").close()
@@ -235,14 +249,27 @@ def event_record(event: Progress | TextDelta | AudioChunk) -> dict[str, Any]:
 
 
 def answer_record(
-    finished: Finished, *, model: str, device: str, kernel: str, audio_path: str | None, peak_resident_bytes: int | None
+    finished: Finished,
+    *,
+    model: str,
+    device: str,
+    kernel: str,
+    sounds: Sequence[Speech],
+    speech_mode: str | None,
+    peak_resident_bytes: int | None,
 ) -> dict[str, Any]:
-    """A whole answer as JSON has it; `audio` is null unless sound was written to `audio_path`.
+    """A whole answer as JSON has it; `audio` is null unless one of `sounds` wrote or played it.
 
     `memory` holds the device's peaks by phase and how they were counted, and beside them, never mixed, the highest
     resident set of the process.
     """
-    audio = {"path": audio_path, "seconds": finished.audio_s, "sample_rate_hz": finished.sample_rate_hz}
+    audio = {
+        "path": next((sound.written_to for sound in sounds if sound.written_to), None),
+        "played": any(sound.was_played for sound in sounds),
+        "mode": speech_mode,
+        "seconds": finished.audio_s,
+        "sample_rate_hz": finished.sample_rate_hz,
+    }
     return {
         "model": model,
         "device": device,
@@ -253,7 +280,9 @@ def answer_record(
         "prompt_tokens": finished.prompt_tokens,
         "finish_reason": finished.finish_reason,
         "speech_finish_reason": finished.speech_finish_reason,
-        "audio": audio if audio_path else None,
+        "audio": audio if audio["path"] or audio["played"] else None,
+        "audio_rtf": finished.audio_rtf,
+        "audio_underrun_s": finished.audio_underrun_s,
         "timings": dict(finished.timings),
         "memory": {**finished.memory, "process_peak_resident_bytes": peak_resident_bytes},
     }
@@ -271,8 +300,7 @@ def used_lines(record: Mapping[str, Any]) -> list[str]:
         f"used: {tokens}, {len(record['codec_ids'])} codes {', '.join(seconds)}",
         f"used: {_peak(record['memory'])}, {record['device']}, kernel {record['kernel']}",
     ]
-    if audio := record["audio"]:
-        lines.append(f"speech: {audio['seconds']:.2f} s at {audio['sample_rate_hz']} Hz to {audio['path']}")
+    lines += _sound_lines(record)
     if record["model"] == DEMO:
         lines.append("demo: its words are gibberish; it shows that everything works")
     return lines
@@ -284,6 +312,18 @@ def progress_amount(progress: Progress) -> str:
     if progress.unit == "bytes":
         return " of ".join(map(format_bytes, amounts))
     return f"{' of '.join(map(str, amounts))} {progress.unit}".rstrip()
+
+
+def _sound_lines(record: Mapping[str, Any]) -> Iterator[str]:
+    if audio := record["audio"]:
+        places = [*(["the loudspeaker"] if audio["played"] else []), *([audio["path"]] if audio["path"] else [])]
+        made = f"{audio['seconds']:.2f} s, {audio['mode']}, at {audio['sample_rate_hz']} Hz"
+        yield f"speech: {made} to {' and '.join(places)}"
+    if record["audio_rtf"] is not None:
+        yield (
+            f"speech: {record['audio_rtf']:.2f} s of work per second; whoever listened from the first sound on waited"
+            f" {record['audio_underrun_s']:.2f} s in between"
+        )
 
 
 def _peak(memory: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from .checkpoint import DEMO, Headers, local_folder, open_checkpoint, quantization_of, stored_dtype
 from .errors import OptionError
 from .offload.budget import Budget
-from .offload.footprint import read_footprint
+from .offload.footprint import Footprint, read_footprint
 from .offload.plan import Plan, Turn, plan_memory
 from .options import Limits
 from .quant.scheme import read_scheme
@@ -39,8 +39,12 @@ def plan_without_loading(
     """
     headers = model if isinstance(model, Headers) else find_headers(model, revision)
     read_scheme(quantization_of(headers.config))  # refuses what opening would refuse
-    footprint = read_footprint(headers.tensors, headers.config, width_bytes=_width_bytes(dtype, headers))
-    return plan_memory(footprint, budget, limits, turn, device=device)
+    return plan_memory(footprint_of(headers, dtype), budget, limits, turn, device=device)
+
+
+def footprint_of(headers: Headers, dtype: str = "auto") -> Footprint:
+    """The sizes of a checkpoint in a compute dtype by name. Raises OptionError for an unknown one."""
+    return read_footprint(headers.tensors, headers.config, width_bytes=_width_bytes(dtype, headers))
 
 
 def find_headers(model: str | Path, revision: str | None = None) -> Headers:

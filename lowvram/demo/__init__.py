@@ -20,7 +20,7 @@ from ..errors import CheckpointError, OptionError
 from .config import PREPROCESSOR_CONFIG, TINY, DemoSize, generation_config, omni_config
 from .tokenizer import CHAT_TEMPLATE, ROLES, SPECIAL_TOKENS, WORDS, bpe, write_json, write_tokenizer
 
-__all__ = ["TINY", "DemoSize", "build_demo", "demo_folder"]
+__all__ = ["TINY", "DemoSize", "build_demo", "demo_folder", "user_cache"]
 
 RECIPE = 2
 """Raise it when the same arguments begin to give other bytes, so that cached demos are built anew."""
@@ -57,11 +57,11 @@ def build_demo(
 
 
 def demo_folder(cache: Path | None = None) -> Path:
-    """The demo checkpoint in the user's cache (`cache`, or XDG_CACHE_HOME, LOCALAPPDATA or ~/.cache), built if absent.
+    """The demo checkpoint in the user's cache (`cache`, or `user_cache`), built if absent.
 
     It appears there whole or not at all, also when two processes build it at once.
     """
-    cache = _user_cache() if cache is None else cache
+    cache = user_cache() if cache is None else cache
     recipe = json.dumps(
         [RECIPE, BUILT_IN_SEED, asdict(DemoSize()), SPECIAL_TOKENS, ROLES, WORDS, CHAT_TEMPLATE, PREPROCESSOR_CONFIG]
     )
@@ -85,7 +85,8 @@ def demo_folder(cache: Path | None = None) -> Path:
     return folder
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
+    """This package's folder in the user's cache (XDG_CACHE_HOME, LOCALAPPDATA or ~/.cache); it need not be there."""
     root = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
     return (Path(root) if root else Path.home() / ".cache") / "lowvram"
 
