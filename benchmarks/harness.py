@@ -6,34 +6,27 @@ A figure without these is an anecdote. Every benchmark prints its card above its
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "av")
+from lowvram import profile_file
 
 
 def make_card(device: str, **conditions: Any) -> dict[str, Any]:
     """Everything one must know to repeat a measurement on `device` (its title) or to doubt it."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical CPUs",
-        "device": device,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "commit": _commit(),
-        "conditions": conditions,
-    }
+    return with_commit(profile_file.make_card(device, **conditions))
+
+
+def with_commit(card: Mapping[str, Any]) -> dict[str, Any]:
+    """A card that says which checkout was measured, too."""
+    return {**card, "commit": _commit()}
 
 
 def card_lines(card: Mapping[str, Any]) -> list[str]:
     """A card for people, one `key: value` a line."""
-    flat = {**card, **{key: ", ".join(f"{k} {v}" for k, v in card[key].items()) for key in ("versions", "conditions")}}
-    return [f"{key}: {value}" for key, value in flat.items()]
+    return [f"{name}: {words}" for name, words in profile_file.card_lines(card)]
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
