@@ -43,7 +43,7 @@ def time_grid(steps: int, sway: float = -1.0) -> tuple[float, ...]:
 
 
 def solver_stages(name: Solver, times: tuple[float, ...]) -> tuple[Stage, ...]:
-    """The evaluations that carry a state through `times`: one per interval for `euler`, four for `rk4`."""
+    """The evaluations that carry a state through `times`: one per interval for `euler` and `ab2`, four for `rk4`."""
     return _SOLVERS[name](times)
 
 
@@ -54,6 +54,33 @@ def _euler(times: tuple[float, ...]) -> tuple[Stage, ...]:
         return Stage(start, lambda state, velocity: (state[0] + (end - start) * velocity,))
 
     return tuple(stage(start, end) for start, end in pairwise(times))
+
+
+def _ab2(times: tuple[float, ...]) -> tuple[Stage, ...]:
+    """The two-step Adams-Bashforth rule for steps of any size: second order at Euler's price, begun with Euler's step.
+
+    E. Hairer, S. P. Nørsett, G. Wanner, "Solving Ordinary Differential Equations I", section III.5.
+    """
+    steps = [end - start for start, end in pairwise(times)]
+    befores = (None, *steps[:-1])
+    return tuple(
+        _two_step(start, step, before, is_last=index == len(steps) - 1)
+        for index, (start, step, before) in enumerate(zip(times, steps, befores, strict=False))
+    )
+
+
+def _two_step(start: float, step: float, before: float | None, *, is_last: bool) -> Stage:
+    """A step of length `step` after one of length `before`; states carry the velocity of that one, if there was one."""
+
+    def advance(state: State, velocity: Tensor) -> State:
+        x, *earlier = state
+        slope = velocity
+        if before is not None:
+            slope = velocity + step / (2 * before) * (velocity - earlier[0])
+        x = x + step * slope
+        return (x,) if is_last else (x, velocity)
+
+    return Stage(start, advance)
 
 
 def _rk4(times: tuple[float, ...]) -> tuple[Stage, ...]:
@@ -84,4 +111,8 @@ def _three_eighths(start: float, end: float) -> tuple[Stage, Stage, Stage, Stage
     return Stage(start, first), Stage(start + h / 3, second), Stage(start + 2 * h / 3, third), Stage(end, fourth)
 
 
-_SOLVERS: dict[Solver, Callable[[tuple[float, ...]], tuple[Stage, ...]]] = {"euler": _euler, "rk4": _rk4}
+_SOLVERS: dict[Solver, Callable[[tuple[float, ...]], tuple[Stage, ...]]] = {
+    "euler": _euler,
+    "ab2": _ab2,
+    "rk4": _rk4,
+}

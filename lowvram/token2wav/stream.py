@@ -1,74 +1,117 @@
 """The speaking stage: codec tokens in, pieces of sound out, while the talker is still at it.
 
-Exact: the pieces joined are the sound of the whole utterance decoded at once, and the memory held does not depend on
-its length. How the DiT and the vocoder do it is in `dit` and `vocoder`.
+In the exact modes the pieces joined are the sound of the whole utterance decoded at once; in all modes the memory held
+does not depend on its length, and between two steps no weight is held. How the DiT and the vocoder do it is in `dit`
+and `vocoder`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OptionError
+from ..flow import Attempt, Weights, at_once
 from ..options import SpeechParams
-from .dit import WavefrontDiT
+from .conditioning import Speaker, prepare
+from .dit import CachedDiT, StreamingDiT, SystolicDiT, WavefrontDiT
 from .ode import solver_stages, time_grid
 from .vocoder import StreamingVocoder
-from .windows import MEL_FRAMES_PER_CODE, chunk_codes
+from .windows import MEL_FRAMES_PER_CODE, Chunks, arrivals_codes, chunk_codes
 
 SILENCE = np.zeros(0, np.float32)
 
-
-@dataclass(frozen=True)
-class Speaker:
-    """A voice as the checkpoint's `spk_dict.pt` holds it: `cond` [1, 192] (an x-vector) and `ref_mel` [1, T, 80]
-    (10 ms frames of the speaker's log-mel), float32 on the host."""
-
-    cond: Tensor
-    ref_mel: Tensor
+T = TypeVar("T")
+Block = AbstractContextManager[nn.Module]
 
 
 def decode_speech(
-    codes: Iterable[int], dit: nn.Module, vocoder: nn.Module, speaker: Speaker, params: SpeechParams, *, seed: int
+    codes: Iterable[int],
+    dit: Block,
+    bigvgan: Block,
+    speaker: Speaker,
+    params: SpeechParams,
+    *,
+    seed: int,
+    layers: Weights | None = None,
+    attempt: Attempt = at_once,
 ) -> Iterator[np.ndarray]:
     """Sound of `codes`, at 24 kHz, in float32 pieces [S]: exactly 480 samples per code in all, none for no codes.
 
     A piece follows every code drawn, so that a caller can attend to other things in between; most are empty. Decoding
-    happens every `params.chunk_s` of codes, and its piece is what has become final. `dit` and `vocoder` are the
-    reference's modules with their weights in place, in eval mode. `seed` fixes the noise, and with it the sound,
+    happens every `params.chunk_s` of codes, and its piece is what has become final. `dit` and `bigvgan` give the
+    reference's modules in eval mode; they are entered for each step and left before anything is yielded. `layers`
+    brings the DiT's decoder layers where they are blocks of their own. `seed` fixes the noise, and with it the sound,
     whatever the chunks. Closing the generator lets go of all state.
 
-    Raises `CheckpointError` for a voice that was made for another DiT.
+    Raises `CheckpointError` for a voice that was made for another DiT, `OptionError` where its layers are not in
+    `params.dtype`.
     """
-    _check_voice(speaker, dit)
-    stages = solver_stages(params.solver, time_grid(params.steps))
-    mel = WavefrontDiT(dit, speaker.cond, speaker.ref_mel, stages, guidance=params.guidance, seed=seed)
-    sound = StreamingVocoder(vocoder)
+    mel = attempt(partial(_open, dit, partial(_open_dit, speaker=speaker, params=params, seed=seed, layers=layers)))
+    sound = attempt(partial(_open, bigvgan, StreamingVocoder))
+    solve, vocode = partial(_step, attempt, dit, mel), partial(_step, attempt, bigvgan, sound)
+    arrivals = arrivals_codes(params.mode, params.chunk_s)
     chunk: list[int] = []
-    per_chunk = chunk_codes(params.chunk_s)
+    wanted = next(arrivals)
     for code in codes:
         chunk.append(code)
-        if len(chunk) < per_chunk:
+        if len(chunk) < wanted:
             yield SILENCE
         else:
-            yield _vocode(sound, mel.push(chunk), last=False)
-            chunk = []
-    # What is left is a wavefront's worth of codes, vocoded a chunk at a time to keep memory flat and sound coming.
-    rest = torch.cat((mel.push(chunk), mel.finish()), -1)
-    *frames, final = rest.split(per_chunk * MEL_FRAMES_PER_CODE, -1)
-    for some in frames:
-        yield _vocode(sound, some, last=False)
-    yield _vocode(sound, final, last=True)
+            frames = solve(partial(mel.push, chunk))
+            yield _on_host(vocode(partial(sound.push, frames, last=False)))
+            chunk, wanted = [], next(arrivals)
+    # What is left may be a wavefront's worth of codes, vocoded a chunk at a time to keep memory flat and sound coming.
+    rest = torch.cat((solve(partial(mel.push, chunk)), solve(mel.finish)), -1)
+    *pieces, final = rest.split(chunk_codes(params.chunk_s) * MEL_FRAMES_PER_CODE, -1)
+    for frames in pieces:
+        yield _on_host(vocode(partial(sound.push, frames, last=False)))
+    yield _on_host(vocode(partial(sound.push, final, last=True)))
 
 
-def _vocode(sound: StreamingVocoder, mel: Tensor, last: bool) -> np.ndarray:
-    """Samples that became final, on the host."""
-    return sound.push(mel, last).float().cpu().numpy()
+def _open_dit(
+    dit: nn.Module, speaker: Speaker, params: SpeechParams, *, seed: int, layers: Weights | None = None
+) -> StreamingDiT:
+    """One utterance of `speaker` through the DiT, the way `params.mode` names. Its weights are in place."""
+    _check_voice(speaker, dit)
+    _check_dtype(dit, params)
+    stages = solver_stages(params.solver, time_grid(params.steps))
+    conditioning = prepare(dit, speaker, stages, guidance=params.guidance, layers=layers)
+    match params.mode:
+        case "exact":
+            return WavefrontDiT(dit, conditioning, seed=seed, layers=layers)
+        case "offload":
+            return SystolicDiT(dit, conditioning, seed=seed, layers=layers)
+        case "balanced" | "low-latency":
+            chunks = Chunks.of(params.mode, params.chunk_s)
+            return CachedDiT(dit, conditioning, seed=seed, chunks=chunks, layers=layers)
+
+
+def _open(block: Block, make: Callable[[nn.Module], T]) -> T:
+    with block as module:
+        return make(module)
+
+
+def _step(
+    attempt: Attempt, block: Block, stream: StreamingDiT | StreamingVocoder, compute: Callable[[], Tensor]
+) -> Tensor:
+    """One step of `stream` with its weights in place; as if it had not begun, if it fails and is tried again."""
+
+    def step() -> Tensor:
+        with block:
+            return compute()
+
+    return attempt(step, partial(stream.restore, stream.snapshot()))
+
+
+def _on_host(samples: Tensor) -> np.ndarray:
+    return samples.float().cpu().numpy()
 
 
 def _check_voice(speaker: Speaker, dit: nn.Module) -> None:
@@ -80,4 +123,13 @@ def _check_voice(speaker: Speaker, dit: nn.Module) -> None:
             f"the voice has cond {list(cond)} and ref_mel {list(ref_mel)}, but this model's voices have"
             f" [1, {config.enc_emb_dim}] and [1, T, {config.mel_dim}]",
             hint="take spk_dict.pt from the same checkpoint as the weights",
+        )
+
+
+def _check_dtype(dit: nn.Module, params: SpeechParams) -> None:
+    stored = str(dit.get_parameter("transformer_blocks.0.attn.to_q.weight").dtype).removeprefix("torch.")
+    if stored != params.dtype:
+        raise OptionError(
+            f"speech in {params.dtype} was asked for, but the DiT's layers are in {stored}",
+            hint=f"dtype {stored!r}, or load them so",
         )

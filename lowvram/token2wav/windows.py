@@ -7,6 +7,13 @@ whole number of blocks; what a frame may see ahead of itself decides when the fi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..options import SpeechMode
 
 CODES_PER_SECOND = 50
 """The talker's rate: a codec token is 20 ms of sound."""
@@ -22,10 +29,39 @@ BLOCK_FRAMES = 24
 """`dit_config.block_size`: attention is local to a block, but for the look-back and look-ahead layers."""
 
 BLOCK_CODES = BLOCK_FRAMES // MEL_FRAMES_PER_CODE
-"""12 codes, 0.24 s."""
+"""12 codes."""
+
+BLOCK_S = BLOCK_CODES / CODES_PER_SECOND
+"""0.24 s of sound."""
 
 VOCODER_REACH_FRAMES = 34
 """BigVGAN's receptive field, 33.454 mel frames to each side (measured by perturbing its input), in whole frames."""
+
+_FIRST_SOUND_BLOCKS = math.ceil(VOCODER_REACH_FRAMES / BLOCK_FRAMES)
+"""2: the blocks of mel that sample 0 hears."""
+
+LOOK_AHEAD_BLOCKS: dict[SpeechMode, int] = {"balanced": 2, "low-latency": 1}
+"""The modes that solve a chunk with so many blocks after it, which are solved again with the next one."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How many blocks are solved at a time: at first, later, and ahead of them, provisionally."""
+
+    first_blocks: int
+    blocks: int
+    ahead_blocks: int
+
+    def __post_init__(self) -> None:
+        # Without a look-ahead the error is a quarter of the signal.
+        assert self.first_blocks >= 1 and self.blocks >= 1 and self.ahead_blocks >= 1
+
+    @classmethod
+    def of(cls, mode: SpeechMode, chunk_s: float) -> Chunks:
+        """Those of a mode in `LOOK_AHEAD_BLOCKS`. The first chunk is the shortest that sounds: the vocoder reads two
+        blocks before its first sample."""
+        blocks = chunk_codes(chunk_s) // BLOCK_CODES
+        return cls(min(_FIRST_SOUND_BLOCKS, blocks), blocks, LOOK_AHEAD_BLOCKS[mode])
 
 
 def chunk_codes(chunk_s: float) -> int:
@@ -34,19 +70,39 @@ def chunk_codes(chunk_s: float) -> int:
     return BLOCK_CODES * math.ceil(round(chunk_s * CODES_PER_SECOND / BLOCK_CODES, 6))
 
 
-def first_mel_codes(evaluations: int) -> int:
-    """Codes that must have come in before the first mel block is final.
+def arrivals_codes(mode: SpeechMode, chunk_s: float) -> Iterator[int]:
+    """How many codes to wait for before decoding, time after time: whole chunks, each with its look-ahead heard."""
+    if mode not in LOOK_AHEAD_BLOCKS:
+        return repeat(chunk_codes(chunk_s))
+    chunks = Chunks.of(mode, chunk_s)
+    return chain(
+        [BLOCK_CODES * (chunks.first_blocks + chunks.ahead_blocks)],
+        repeat(BLOCK_CODES * chunks.blocks),
+    )
+
+
+def first_mel_codes(evaluations: int, mode: SpeechMode = "exact", chunk_s: float = BLOCK_S) -> int:
+    """Codes that must have come in before the first mel block is final: 120 for 9 evaluations, block by block."""
+    return _codes_until_final(1, evaluations, mode, chunk_s)
+
+
+def first_sound_codes(evaluations: int, mode: SpeechMode = "exact", chunk_s: float = BLOCK_S) -> int:
+    """Codes that must have come in before the first sample is final: 132 (2.64 s of sound) for 9 evaluations, block by
+    block, and 144 in chunks of 0.96 s."""
+    return _codes_until_final(_FIRST_SOUND_BLOCKS, evaluations, mode, chunk_s)
+
+
+def _codes_until_final(blocks: int, evaluations: int, mode: SpeechMode, chunk_s: float) -> int:
+    """Codes that must have come in before the first `blocks` of mel are final.
 
     One evaluation of a block reads one block ahead of it (the look-ahead layer), so block 0 waits for as many blocks
-    as there are evaluations: 120 codes for 9.
+    as there are evaluations. In "offload" it also waits for an arrival between evaluations.
     """
-    return BLOCK_CODES * (evaluations + 1)
-
-
-def first_sound_codes(evaluations: int) -> int:
-    """Codes that must have come in before the first sample is final: 132 codes (2.64 s of sound) for 9 evaluations.
-
-    Sample 0 hears the vocoder's reach, the first 34 mel frames: two blocks.
-    """
-    further_blocks = math.ceil(VOCODER_REACH_FRAMES / BLOCK_FRAMES) - 1
-    return first_mel_codes(evaluations) + BLOCK_CODES * further_blocks
+    per_arrival = chunk_codes(chunk_s) // BLOCK_CODES
+    if mode in LOOK_AHEAD_BLOCKS:
+        chunks = Chunks.of(mode, chunk_s)
+        return BLOCK_CODES * (max(blocks, chunks.first_blocks) + chunks.ahead_blocks)
+    arrivals = math.ceil((evaluations + blocks) / per_arrival)
+    if mode == "offload":
+        arrivals += evaluations - 1
+    return BLOCK_CODES * per_arrival * arrivals

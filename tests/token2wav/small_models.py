@@ -7,6 +7,8 @@ keeps its input's variance, and `coupling` makes the look-back and look-ahead la
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
 
@@ -15,11 +17,17 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniToken2WavConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavModel, RungeKutta4ODESolver
 
-from lowvram.token2wav.stream import Speaker
+from lowvram.options import Solver
+from lowvram.token2wav.conditioning import Conditioning, Speaker, prepare
+from lowvram.token2wav.dit import StreamingDiT
+from lowvram.token2wav.ode import solver_stages
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
 
 HIDDEN = 32
 CODES = 8192
 NEIGHBOURLY_LAYERS = (0, 2, 3)
+COUPLING = 8.0
 
 CONFIG = {
     "dit_config": {
@@ -111,7 +119,7 @@ def whole_decode(
     guidance: float = 0.5,
     seed: int = 7,
 ) -> Tensor:
-    """The whole utterance by the reference's own forward, by Euler's rule or its own RK4 solver: [1, 80, F]."""
+    """The whole utterance by the reference's own forward: [1, 80, F]. RK4 is the reference's own solver."""
     dtype = dit.proj_out.weight.dtype
     noise = noise_of(seed, 2 * len(codes)).to(dtype)
     speaker = some_speaker()
@@ -131,33 +139,55 @@ def whole_decode(
     if solver == "rk4":
         x = RungeKutta4ODESolver(function=velocity, initial_value=noise).integrate(points)[-1]
     else:
-        x = noise
-        for start, end in pairwise(points):
-            x = x + velocity(start, x) * (end - start)
+        x = (_euler if solver == "euler" else _adams_bashforth)(velocity, noise, points)
     return x.transpose(1, 2)
+
+
+def _euler(velocity: Velocity, x: Tensor, points: Tensor) -> Tensor:
+    for start, end in pairwise(points):
+        x = x + velocity(start, x) * (end - start)
+    return x
+
+
+def _adams_bashforth(velocity: Velocity, x: Tensor, points: Tensor) -> Tensor:
+    """The line through the last two slopes, integrated over the step."""
+    slopes: list[Tensor] = []
+    for index, (start, end) in enumerate(pairwise(points)):
+        slopes.append(velocity(start, x))
+        rise = (slopes[-1] - slopes[-2]) / (start - points[index - 1]) if index else torch.zeros_like(x)
+        x = x + slopes[-1] * (end - start) + rise * (end - start) ** 2 / 2
+    return x
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def held_bytes(owner: object) -> int:
-    """Bytes of the tensors that `owner` holds, by storage, without the reference's weights."""
-    storages: dict[int, int] = {}
-    _collect(owner, storages, set())
-    return sum(storages.values())
+def small_dit(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The DiT whose blocks weigh their neighbours heavily."""
+    return small_token2wav(dtype, COUPLING).code2wav_dit_model
 
 
-def _collect(owner: object, storages: dict[int, int], seen: set[int]) -> None:
-    if isinstance(owner, (nn.Module, nn.Parameter)) or id(owner) in seen:
-        return
-    seen.add(id(owner))
-    if isinstance(owner, Tensor):
-        storage = owner.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    elif isinstance(owner, (list, tuple)):
-        for item in owner:
-            _collect(item, storages, seen)
-    elif type(owner).__module__.startswith("lowvram"):
-        for item in vars(owner).values():
-            _collect(item, storages, seen)
+def conditioning_of(
+    dit: nn.Module,
+    times: tuple[float, ...],
+    *,
+    solver: Solver = "euler",
+    guidance: float = 0.5,
+    speaker: Speaker | None = None,
+) -> Conditioning:
+    return prepare(dit, speaker or some_speaker(), solver_stages(solver, times), guidance=guidance)
+
+
+def arrivals(codes: list[int], size: int | None) -> Iterator[list[int]]:
+    """Codes in pieces of `size`, of random sizes from 0 to 40 for None."""
+    sizes = random.Random(5)
+    while codes:
+        count = sizes.randint(0, 40) if size is None else size
+        yield codes[:count]
+        codes = codes[count:]
+
+
+def streamed(stream: StreamingDiT, codes: list[int], size: int | None = None) -> Tensor:
+    """All mel frames of the codes, which arrive in pieces."""
+    return torch.cat([stream.push(piece) for piece in arrivals(codes, size)] + [stream.finish()], -1)

@@ -31,13 +31,30 @@ def test_the_smallest_grid_goes_from_0_to_1() -> None:
     assert time_grid(2) == pytest.approx((0.0, 1.0), abs=1e-15)
 
 
-@pytest.mark.parametrize(("name", "evaluations"), [("euler", 9), ("rk4", 36)])
+@pytest.mark.parametrize(("name", "evaluations"), [("euler", 9), ("ab2", 9), ("rk4", 36)])
 def test_ten_points_take_the_stated_evaluations(name, evaluations) -> None:
     assert len(solver_stages(name, time_grid(10))) == evaluations
 
 
 def test_euler_by_hand() -> None:
     assert solve("euler", lambda t, x: t + x, 1.0, (0.0, 0.5, 1.0)) == (1.0 + 0.5 * 1.0) + 0.5 * (0.5 + 1.5)
+
+
+def test_ab2_by_hand() -> None:
+    """dx/dt = t from 0 by Euler's step to 0.5 (which leaves x at 0), then along the line through both slopes: exact."""
+    assert solve("ab2", lambda t, x: t, 0.0, (0.0, 0.5, 1.0)) == 0.0 + 0.5 * (0.5 + 0.5 / 1.0 * (0.5 - 0.0))
+
+
+@pytest.mark.parametrize("third", [0.6, 0.75, 2.0])
+def test_ab2_integrates_a_line_exactly_whatever_its_steps(third) -> None:
+    """After its first step, which sees no slope before it."""
+    begun = solve("ab2", lambda t, x: 3 * t + 1, 0.0, (0.0, 0.5))
+    exact = begun + 1.5 * (third**2 - 0.5**2) + (third - 0.5)
+    assert solve("ab2", lambda t, x: 3 * t + 1, 0.0, (0.0, 0.5, third)) == pytest.approx(exact, abs=1e-14)
+
+
+def test_one_step_of_ab2_is_eulers() -> None:
+    assert solve("ab2", lambda t, x: t + x, 1.0, (0.0, 1.0)) == solve("euler", lambda t, x: t + x, 1.0, (0.0, 1.0))
 
 
 def test_rk4_is_the_references_solver() -> None:
@@ -50,9 +67,10 @@ def test_rk4_is_the_references_solver() -> None:
     torch.testing.assert_close(solve("rk4", velocity, x, time_grid(10)), expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("rk4", 4)])
-def test_halving_the_step_shows_the_order(name, order) -> None:
+@pytest.mark.parametrize("sway", [0.0, -1.0])
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("ab2", 2), ("rk4", 4)])
+def test_halving_the_step_shows_the_order(name, order, sway) -> None:
     def error(steps: int) -> float:
-        return abs(solve(name, lambda t, x: x * math.cos(t), 1.0, time_grid(steps, sway=0.0)) - math.exp(math.sin(1)))
+        return abs(solve(name, lambda t, x: x, 1.0, time_grid(steps, sway)) - math.e)
 
     assert math.log2(error(41) / error(81)) == pytest.approx(order, abs=0.1)

@@ -1,14 +1,18 @@
 """Codes to pieces of sound, against the reference's token2wav from end to end."""
 
+import copy
 import gc
+import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from small_models import relative, small_token2wav, some_codes, some_speaker, whole_decode
+from scarce_memory import NoRoom, PassingBlock, passing
+from small_models import COUPLING, relative, small_token2wav, some_codes, some_speaker, whole_decode
 
-from lowvram.errors import CheckpointError
-from lowvram.options import SpeechParams
+from lowvram.errors import CheckpointError, OptionError
+from lowvram.options import MODES, SpeechParams
 from lowvram.token2wav.ode import time_grid
 from lowvram.token2wav.stream import Speaker, decode_speech
 from lowvram.token2wav.windows import BLOCK_FRAMES, VOCODER_REACH_FRAMES, first_sound_codes
@@ -16,10 +20,10 @@ from lowvram.token2wav.windows import BLOCK_FRAMES, VOCODER_REACH_FRAMES, first_
 ONE_EVALUATION = SpeechParams(steps=2, chunk_s=0.24)
 
 
-def speech(codes, params=ONE_EVALUATION, *, speaker=None, seed=7):
-    model = small_token2wav(torch.float32, 8.0)
-    dit, vocoder = model.code2wav_dit_model, model.code2wav_bigvgan_model
-    return decode_speech(codes, dit, vocoder, speaker or some_speaker(), params, seed=seed)
+def speech(codes, params=ONE_EVALUATION, *, speaker=None, seed=7, **options):
+    model = small_token2wav(torch.float32, COUPLING)
+    blocks = nullcontext(model.code2wav_dit_model), nullcontext(model.code2wav_bigvgan_model)
+    return decode_speech(codes, *blocks, speaker or some_speaker(), params, seed=seed, **options)
 
 
 def sounding(pieces) -> list[np.ndarray]:
@@ -32,19 +36,22 @@ def joined(pieces) -> torch.Tensor:
 
 def test_rk4_speech_equals_the_references() -> None:
     """The reference's float32 time grid is 1e-7 off ours, which is most of the difference."""
-    model, speaker, codes = small_token2wav(torch.float32, 8.0), some_speaker(), some_codes(37)
+    model, speaker, codes = small_token2wav(torch.float32, COUPLING), some_speaker(), some_codes(37)
     torch.manual_seed(7)
     with torch.no_grad():
         expected = model(torch.tensor([codes]), speaker.cond, speaker.ref_mel, num_steps=4)
     assert relative(joined(speech(codes, SpeechParams(solver="rk4", steps=4))), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("count", [1, 12, 49])
-def test_euler_speech_equals_the_whole_decode(count) -> None:
-    model, codes = small_token2wav(torch.float32, 8.0), some_codes(count)
+@pytest.mark.parametrize(
+    ("mode", "tolerance"), [("exact", 1e-5), ("offload", 1e-5), ("balanced", 1e-4), ("low-latency", 5e-3)]
+)
+@pytest.mark.parametrize("count", [1, 12, 61])
+def test_euler_speech_equals_the_whole_decode(mode, tolerance, count) -> None:
+    model, codes = small_token2wav(torch.float32, COUPLING), some_codes(count)
     with torch.no_grad():
         expected = model.code2wav_bigvgan_model(whole_decode(model.code2wav_dit_model, codes, time_grid(10)))
-    assert relative(joined(speech(codes, SpeechParams())), expected) <= 1e-5
+    assert relative(joined(speech(codes, SpeechParams(mode=mode))), expected) <= tolerance
 
 
 @pytest.mark.parametrize("count", [1, 2, 11, 12, 13, 19, 24, 48])
@@ -85,11 +92,25 @@ def test_another_seed_is_another_sound() -> None:
     assert relative(joined(speech(some_codes(1), seed=8)), joined(speech(some_codes(1)))) > 1e-2
 
 
-@pytest.mark.parametrize(("steps", "codes"), [(2, 36), (10, 132)])
-def test_the_first_piece_comes_with_the_stated_code(steps, codes) -> None:
+@pytest.mark.parametrize(
+    ("mode", "chunk_s", "steps", "codes"),
+    [
+        ("exact", 0.24, 2, 36),
+        ("exact", 0.24, 10, 132),
+        ("exact", 0.96, 10, 144),
+        ("offload", 0.24, 10, 228),
+        ("offload", 0.96, 4, 192),
+        ("balanced", 0.96, 10, 48),
+        ("balanced", 0.24, 10, 48),
+        ("low-latency", 0.96, 10, 36),
+        ("low-latency", 0.24, 10, 36),
+    ],
+)
+def test_the_first_piece_comes_with_the_stated_code(mode, chunk_s, steps, codes) -> None:
     arriving = iter(some_codes(300))
-    next(piece for piece in speech(arriving, SpeechParams(steps=steps, chunk_s=0.24)) if len(piece))
-    assert codes == first_sound_codes(steps - 1) == 300 - len(list(arriving))
+    pieces = speech(arriving, SpeechParams(mode=mode, steps=steps, chunk_s=chunk_s))
+    next(piece for piece in pieces if len(piece))
+    assert codes == first_sound_codes(steps - 1, mode, chunk_s) == 300 - len(list(arriving))
 
 
 def test_nothing_is_drawn_before_sound_is_asked_for() -> None:
@@ -98,19 +119,77 @@ def test_nothing_is_drawn_before_sound_is_asked_for() -> None:
     assert len(list(arriving)) == 5
 
 
-def test_closing_lets_go_of_all_state() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_closing_lets_go_of_all_state(mode) -> None:
     def tensors() -> int:
         gc.collect()
         return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
 
-    some_speaker(), small_token2wav(torch.float32, 8.0)
+    some_speaker(), small_token2wav(torch.float32, COUPLING)
     before = tensors()
-    pieces = speech(some_codes(48))
+    pieces = speech(some_codes(96), SpeechParams(mode=mode, steps=2))
     next(piece for piece in pieces if len(piece))
     during = tensors()
     pieces.close()
     assert during > before + 100
     assert tensors() == before
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_between_steps_no_weight_is_held(mode) -> None:
+    model, codes, params = small_token2wav(torch.float32, COUPLING), some_codes(110), SpeechParams(mode=mode, steps=3)
+    dit, bigvgan = passing(model.code2wav_dit_model), passing(model.code2wav_bigvgan_model)
+    pieces = list(decode_speech(codes, dit, bigvgan, some_speaker(), params, seed=7))
+    assert dit.uses > 3 and bigvgan.uses > 2
+    assert (dit.left_behind, bigvgan.left_behind) == (0, 0)
+    assert torch.equal(joined(pieces), joined(speech(codes, params)))
+
+
+def test_decoder_layers_may_be_blocks_of_their_own_and_come_once_per_chunk_in_offload() -> None:
+    model, codes, params = small_token2wav(torch.float32, COUPLING), some_codes(110), SpeechParams(mode="offload")
+    dit = copy.deepcopy(model.code2wav_dit_model)
+    layers = [PassingBlock(layer) for layer in dit.transformer_blocks]
+    rest = PassingBlock(dit, lambda name: not name.startswith("transformer_blocks."))
+    bigvgan = nullcontext(model.code2wav_bigvgan_model)
+    pieces = decode_speech(codes, rest, bigvgan, some_speaker(), params, seed=7, layers=layers)
+    heard = [next(pieces) for _ in codes]
+    once, chunks = 1, 2
+    assert {layer.uses for layer in layers} == {once + chunks}
+    assert torch.equal(joined([*heard, *pieces]), joined(speech(codes, params)))
+    assert {block.left_behind for block in (rest, *layers)} == {0}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_ran_out_of_memory_anywhere_can_be_tried_again(mode) -> None:
+    codes, params, places, failures = some_codes(110), SpeechParams(mode=mode, steps=3), random.Random(1), []
+
+    def again_and_again(step, undo=lambda: None):
+        for _ in range(2):
+            try:
+                with NoRoom(places.randint(0, 1500)):
+                    return step()
+            except torch.OutOfMemoryError as error:
+                failures.append(str(error))
+            undo()
+        return step()
+
+    retried = joined(speech(codes, params, attempt=again_and_again))
+    assert len(failures) > 5
+    assert torch.equal(retried, joined(speech(codes, params)))
+
+
+def test_two_utterances_at_once_share_nothing() -> None:
+    params = SpeechParams(steps=2, chunk_s=0.48)
+    texts = some_codes(61, seed=1), some_codes(61, seed=2)
+    alone = [joined(speech(text, params, seed=seed)) for seed, text in enumerate(texts)]
+    together = zip(*(speech(text, params, seed=seed) for seed, text in enumerate(texts)), strict=True)
+    for one, pieces in zip(alone, zip(*together, strict=True), strict=True):
+        assert torch.equal(joined(pieces), one)
+
+
+def test_weights_of_another_precision_than_asked_for_are_refused() -> None:
+    with pytest.raises(OptionError, match="speech in float16 was asked for, but the DiT's layers are in float32"):
+        next(speech(some_codes(1), SpeechParams(dtype="float16")))
 
 
 @pytest.mark.parametrize(

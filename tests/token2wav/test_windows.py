@@ -1,6 +1,7 @@
 """The rates, against the published configuration, and the latency arithmetic."""
 
 import math
+from itertools import islice
 
 import pytest
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniToken2WavConfig
@@ -32,6 +33,39 @@ def test_every_multiple_of_a_block_keeps_its_length() -> None:
     assert [windows.chunk_codes(round(blocks * 0.24, 2)) for blocks in range(1, 251)] == [12 * b for b in range(1, 251)]
 
 
-def test_nine_evaluations_need_120_codes_for_mel_and_132_for_sound() -> None:
-    assert windows.first_mel_codes(9) == 120
-    assert windows.first_sound_codes(9) == 132
+@pytest.mark.parametrize(
+    ("mode", "chunk_s", "mel_codes", "sound_codes"),
+    [
+        ("exact", 0.24, 120, 132),
+        ("exact", 0.96, 144, 144),
+        ("offload", 0.24, 216, 228),
+        ("offload", 0.96, 528, 528),
+        ("balanced", 0.24, 36, 48),
+        ("balanced", 0.96, 48, 48),
+        ("low-latency", 0.24, 24, 36),
+        ("low-latency", 0.96, 36, 36),
+    ],
+)
+def test_nine_evaluations_need_so_many_codes_for_mel_and_for_sound(mode, chunk_s, mel_codes, sound_codes) -> None:
+    assert windows.first_mel_codes(9, mode, chunk_s) == mel_codes
+    assert windows.first_sound_codes(9, mode, chunk_s) == sound_codes
+
+
+@pytest.mark.parametrize(
+    ("mode", "chunk_s", "codes"),
+    [
+        ("exact", 0.96, [48, 48, 48]),
+        ("offload", 0.24, [12, 12, 12]),
+        ("balanced", 0.96, [48, 48, 48]),
+        ("low-latency", 0.96, [36, 48, 48]),
+        ("balanced", 0.24, [36, 12, 12]),
+    ],
+)
+def test_codes_are_awaited_in_whole_chunks_the_first_with_its_look_ahead(mode, chunk_s, codes) -> None:
+    assert list(islice(windows.arrivals_codes(mode, chunk_s), 3)) == codes
+
+
+@pytest.mark.parametrize("chunks", [(2, 4, 0), (0, 4, 1), (2, 0, 1)])
+def test_there_are_no_chunks_without_a_look_ahead_and_none_of_no_blocks(chunks) -> None:
+    with pytest.raises(AssertionError):
+        windows.Chunks(*chunks)

@@ -1,0 +1,239 @@
+"""How soon speech sounds and what it costs: every mode and solver beside the reference's way, at the true size.
+
+    python benchmarks/latency.py [--codes 150] [--tiny] [--json] [-o results/latency.json]
+
+token2wav alone, with random weights of the published shapes: codes cost nothing and are there when they are asked for,
+so seconds are the decoder's own. Minutes on a CPU. Beside the wavefront and its kin stand the whole utterance by the
+reference itself (RK4, 36 evaluations), by Euler's rule, and in chunks of 48 codes that see 24 before and 12 after them
+(the authors' low-memory mode); all errors are against the whole Euler decode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import card_lines, make_card, write_result
+from synthetic import SIZE_7B
+from torch import Tensor
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniToken2WavConfig
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavModel
+from transformers.utils import logging
+
+from lowvram.demo import DemoSize
+from lowvram.demo.config import MEL_BINS, SPEAKER_WIDTH, TINY, omni_config
+from lowvram.demo.weights import Stored, draw
+from lowvram.offload.meter import LiveBytes
+from lowvram.options import MODES, SpeechParams
+from lowvram.token2wav.ode import time_grid
+from lowvram.token2wav.stream import Speaker, decode_speech
+from lowvram.token2wav.vocoder import StreamingVocoder
+from lowvram.token2wav.windows import CODES_PER_SECOND, MEL_FRAMES_PER_CODE
+
+PARAMS = SpeechParams(seed=0)
+SEED = 0
+SOLVERS = ("euler", "ab2")
+"""Those that take 9 evaluations; RK4's 36 are measured as the reference takes them."""
+
+CHUNK_CODES, BEFORE_CODES, AFTER_CODES = 48, 24, 12
+
+Pieces = Iterator[tuple[int, np.ndarray]]
+"""How many codes had come in, and the sound that became final with them."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way to decode an utterance. `work` counts evaluations per frame; `first_s` and `rtf` are compute seconds, to
+    the first sample and per second of speech; `peak_bytes` leaves weights out; `error` is of the sound, relative."""
+
+    way: str
+    first_codes: int
+    first_s: float
+    rtf: float
+    work: float
+    peak_bytes: int
+    error: float
+
+
+def load(size: DemoSize) -> Qwen2_5OmniToken2WavModel:
+    """token2wav with the demo's random weights, which keep their inputs' variance."""
+    config = omni_config(size, user_id=0, quantized=False, dtype="float32")["token2wav_config"]
+    model: Any = Qwen2_5OmniToken2WavModel._from_config(
+        Qwen2_5OmniToken2WavConfig(**config), attn_implementation="sdpa"
+    ).eval()
+    for name, weight in model.named_parameters():
+        stored = Stored(f"token2wav.{name}", "F32", tuple(weight.shape))
+        weight.data = torch.cat(list(draw(stored, size, SEED)))
+    return model
+
+
+def some_speaker() -> Speaker:
+    generator = torch.Generator().manual_seed(SEED)
+    return Speaker(
+        cond=torch.randn(1, SPEAKER_WIDTH, generator=generator),
+        ref_mel=torch.randn(1, 300, MEL_BINS, generator=generator) * 2 - 4,
+    )
+
+
+def streamed(model: Any, codes: Sequence[int], params: SpeechParams) -> Pieces:
+    """Our way."""
+    arriving = iter(codes)
+    blocks = nullcontext(model.code2wav_dit_model), nullcontext(model.code2wav_bigvgan_model)
+    for heard, piece in enumerate(decode_speech(arriving, *blocks, some_speaker(), params, seed=SEED), start=1):
+        yield min(heard, len(codes)), piece
+
+
+@torch.no_grad()
+def whole_by_reference(model: Any, codes: Sequence[int]) -> Pieces:
+    """The reference's token2wav as it is."""
+    speaker = some_speaker()
+    torch.manual_seed(SEED)
+    sound = model(torch.tensor([codes]), speaker.cond, speaker.ref_mel, num_steps=PARAMS.steps)
+    yield len(codes), sound.numpy()
+
+
+@torch.no_grad()
+def whole_by_euler(model: Any, codes: Sequence[int]) -> Pieces:
+    """The reference's modules under Euler's rule."""
+    mel = euler(model.code2wav_dit_model, codes, noise_of(len(codes)))
+    yield len(codes), model.code2wav_bigvgan_model(mel).numpy()
+
+
+@torch.no_grad()
+def chunks_by_euler(model: Any, codes: Sequence[int]) -> Pieces:
+    """Chunks solved each for itself, some codes before and after them heard along; the vocoder is our exact one."""
+    noise, sound = noise_of(len(codes)), StreamingVocoder(model.code2wav_bigvgan_model)
+    for start in range(0, len(codes), CHUNK_CODES):
+        end = min(start + CHUNK_CODES, len(codes))
+        first, after = max(0, start - BEFORE_CODES), min(end + AFTER_CODES, len(codes))
+        seen = slice(first * MEL_FRAMES_PER_CODE, after * MEL_FRAMES_PER_CODE)
+        mel = euler(model.code2wav_dit_model, codes[first:after], noise[:, seen])
+        final = mel[..., (start - first) * MEL_FRAMES_PER_CODE : (end - first) * MEL_FRAMES_PER_CODE]
+        yield after, sound.push(final, last=end == len(codes)).numpy()
+
+
+def noise_of(codes: int) -> Tensor:
+    torch.manual_seed(SEED)
+    return torch.randn([1, codes * MEL_FRAMES_PER_CODE, MEL_BINS])
+
+
+@torch.no_grad()
+def euler(dit: Any, codes: Sequence[int], x: Tensor) -> Tensor:
+    """Codes and noise [1, F, M] to mel [1, M, F] by the reference's forward over all of them."""
+    speaker = some_speaker()
+    for start, end in pairwise(torch.tensor(time_grid(PARAMS.steps), dtype=x.dtype)):
+        spoken, null = dit(
+            hidden_states=x,
+            condition_vector=speaker.ref_mel.to(x),
+            speaker_embedding=speaker.cond.to(x)[:, None].expand(-1, x.shape[1], -1),
+            quantized_code=torch.tensor([codes]),
+            time_step=start,
+        ).chunk(2)
+        x = x + (spoken + (spoken - null) * PARAMS.guidance) * (end - start)
+    return x.mT
+
+
+def measure(way: str, decode: Callable[[], Pieces], model: Any, codes: int) -> tuple[Measured, np.ndarray]:
+    """Decode once; the error is still to be filled in. Returns the sound [S], too."""
+    rows, heard, ledger = _RowCount(model.code2wav_dit_model), [], LiveBytes()
+    first_codes, first_s = 0, 0.0
+    started_s = time.perf_counter()
+    with rows, ledger:
+        for arrived, piece in decode():
+            if len(piece) and not heard:
+                first_codes, first_s = arrived, time.perf_counter() - started_s
+            heard += [piece] if len(piece) else []
+    rtf = (time.perf_counter() - started_s) * CODES_PER_SECOND / codes
+    work = rows.count / (2 * MEL_FRAMES_PER_CODE * codes)
+    return Measured(way, first_codes, first_s, rtf, work, ledger.peak_bytes, 0.0), np.concatenate(heard)
+
+
+class _RowCount:
+    """While entered, counts the rows that go through the DiT's first layer, of both branches of guidance."""
+
+    def __init__(self, dit: Any) -> None:
+        self._layer = dit.transformer_blocks[0].ff
+        self.count = 0
+
+    def __enter__(self) -> None:
+        self._hook = self._layer.register_forward_hook(self._note)
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _note(self, module: Any, args: Any, output: Tensor) -> None:
+        self.count += output.shape[0] * output.shape[1]
+
+
+def compare(model: Any, codes: Sequence[int], modes: Iterable[str], solvers: Iterable[str]) -> list[Measured]:
+    """All ways, the reference's own first and the whole Euler decode, which errors refer to, second."""
+    ways: dict[str, Callable[[], Pieces]] = {
+        "reference, whole, rk4": lambda: whole_by_reference(model, codes),
+        "whole, euler": lambda: whole_by_euler(model, codes),
+        f"chunks {CHUNK_CODES}/{BEFORE_CODES}/{AFTER_CODES}, euler": lambda: chunks_by_euler(model, codes),
+    }
+    for mode, solver in product(modes, solvers):
+        params: Any = replace(PARAMS, **{"mode": mode, "solver": solver})
+        ways[f"{mode}, {solver}"] = lambda params=params: streamed(model, codes, params)
+    results = [measure(way, decode, model, len(codes)) for way, decode in ways.items()]
+    exact = results[1][1]
+    return [replace(one, error=float(np.linalg.norm(sound - exact) / np.linalg.norm(exact))) for one, sound in results]
+
+
+def table(results: Sequence[Measured]) -> str:
+    """For people: each figure beside its ratio to the reference's, work beside that to the whole Euler decode's."""
+    reference, euler_whole = results[:2]
+    titles = f"{'RTF':>7} {'x ref':>6} {'work':>6} {'x whole':>7} {'peak MB':>8} {'x ref':>6} {'error':>8}"
+    lines = [f"{'way':<26} {'first audio':>20} {titles}"]
+    for one in results:
+        lines.append(
+            f"{one.way:<26} {one.first_codes:>5} codes {one.first_s:>6.2f} s {one.rtf:>7.2f}"
+            f" {one.rtf / reference.rtf:>6.2f} {one.work:>6.2f} {one.work / euler_whole.work:>7.3f}"
+            f" {one.peak_bytes / 1e6:>8.1f} {one.peak_bytes / reference.peak_bytes:>6.2f} {one.error:>8.1e}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and keep the result if asked; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Latency, work, memory and error of every way to decode speech.")
+    parser.add_argument("--codes", type=int, default=150, help="length of the speech, 50 a second (default: 150)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=SOLVERS)
+    parser.add_argument("--tiny", action="store_true", help="a toy's sizes in place of the published ones")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("-o", "--output", type=Path, help="keep the JSON in this file, too")
+    chosen = parser.parse_args(arguments)
+    logging.set_verbosity_error()
+    size = TINY if chosen.tiny else SIZE_7B
+    codes = torch.randint(0, size.codes, (chosen.codes,), generator=torch.Generator().manual_seed(SEED)).tolist()
+    results = compare(load(size), codes, chosen.modes, chosen.solvers)
+    card = make_card(
+        f"CPU, {torch.get_num_threads()} thread(s)",
+        size="a toy's" if chosen.tiny else "as published (7B)",
+        weights="random",
+        codes=len(codes),
+        steps=PARAMS.steps,
+        guidance=PARAMS.guidance,
+        chunk_s=PARAMS.chunk_s,
+        timing="while live tensors are tracked",
+    )
+    result = {"card": card, "ways": [asdict(one) for one in results]}
+    if chosen.output:
+        write_result(chosen.output, result)
+    print(json.dumps(result) if chosen.json else "\n".join([*card_lines(card), "", table(results)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
