@@ -140,3 +140,30 @@ def test_the_references_traced_peak_is_the_published_one_read_as_gib(reference_m
     tokens = reference_memory.prompt_tokens(seconds)
     peak_bytes = reference_memory.trace_thinker(reference_memory.thinker_config(), tokens)
     assert peak_bytes / 2**30 == pytest.approx(reference_memory.PUBLISHED[seconds], rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    """benchmarks/gpu.py"""
+    import gpu
+
+    return gpu
+
+
+def test_the_run_for_a_card_can_be_gone_through_without_one(gpu: ModuleType, demo: Path, tmp_path: Path):
+    kept = tmp_path / "gpu.json"
+    sections = ("missing", "races", "rates", "speed", "guest", "memory")
+    with redirect_stdout(StringIO()):
+        code = gpu.main(["--device", "cpu", "--weights", str(demo), "--only", *sections, "-o", str(kept)])
+    results = json.loads(kept.read_text(encoding="utf-8"))
+    assert code == 0 and list(results) == ["card", *sections]
+    assert results["missing"]["needed"] == []
+    assert results["guest"]["same_answer"] is True
+    assert results["rates"]["device_read_and_write"] > 0
+
+
+def test_a_section_that_fails_says_how_and_the_others_still_run(gpu: ModuleType, demo: Path):
+    def broken(_: object) -> dict[str, Any]:
+        raise RuntimeError("CUDA error")
+
+    assert gpu.run_section(broken, gpu.Bench("cpu", demo))["failed"] == "RuntimeError: CUDA error"
