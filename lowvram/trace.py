@@ -301,7 +301,7 @@ def _script(model: OmniModel, speech: SpeechParams) -> Mapping[int, Iterator[int
     if model.speech:
         evaluations = len(solver_stages(speech.solver, time_grid(speech.steps)))
         chunk = chunk_codes(speech.chunk_s)
-        codes = math.ceil(first_sound_codes(evaluations) / chunk) * chunk + chunk // 2
+        codes = math.ceil(first_sound_codes(evaluations, speech.mode, speech.chunk_s) / chunk) * chunk + chunk // 2
         assert len(model.speech.codec_embed) not in script, "two vocabularies of one size cannot be told apart"
         script[len(model.speech.codec_embed)] = _say(codes, model.speech.codec_ids.end)
     return script
