@@ -23,4 +23,4 @@ def test_every_way_stands_beside_a_16_bit_linear_for_every_number_of_rows(
     assert by_rows["3"]["16-bit linear"]["speedup"] == 1
     assert kept["card"]["conditions"]["threads"] == 1
     card, table = capsys.readouterr().out.split("\n\n")
-    assert "load_average" in card and table.splitlines()[2].startswith("    3 rows")
+    assert "load average" in card and table.splitlines()[2].startswith("    3 rows")

@@ -55,7 +55,8 @@ def fused_attention(
 class CardMeter(NoMeter):
     """The card's own count, by phase, from its first allocation on: what is left of an earlier phase goes before.
 
-    `ends` is how many allocations a turn had made by the end of each phase.
+    `weights` and `caches` are what the runtime says that it holds of them, at most; `ends` is how many allocations a
+    turn had made by the end of each phase.
     """
 
     kind = TRACKED_LIVE_TENSORS
@@ -64,21 +65,29 @@ class CardMeter(NoMeter):
         super().__init__()
         self._card = card
         self._begun_at = 0
+        self._phase = ""
+        self.weights: dict[str, int] = {}
+        self.caches: dict[str, int] = {}
         self.ends: dict[str, int] = {}
 
     def begin(self) -> None:
         self._begun_at = self._card.allocations
-        self.peaks.clear()
-        self.ends.clear()
+        for column in (self.peaks, self.weights, self.caches, self.ends):
+            column.clear()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self._card.peak_bytes = 0
+        self._phase = name
         try:
             yield
         finally:
             self.peaks[name] = max(self.peaks.get(name, 0), self._card.peak_bytes)
             self.ends[name] = self._card.allocations - self._begun_at
+
+    def mark(self, label: str, weights_bytes: int, kv_bytes: int) -> None:
+        self.weights[self._phase] = max(self.weights.get(self._phase, 0), weights_bytes)
+        self.caches[self._phase] = max(self.caches.get(self._phase, 0), kv_bytes)
 
 
 @dataclass(frozen=True)
