@@ -114,6 +114,7 @@ class Room:
             if not rest:
                 return
             self.phase = rest[0]
+            self._heed_budget_between_phases()
             self._residency.make_way(self.phase)  # now, so that nobody counts the last phase's weights as this one's
             self._loading = self._residency.enter(self.phase)
 
@@ -190,6 +191,13 @@ class Room:
         if self._control.budget is not self._budget:
             self._budget = self._control.budget
             self._go_on_within(self._budget)
+
+    def _heed_budget_between_phases(self) -> None:
+        """Nothing of the phase to come has begun: where its stages do not fit together, they go one after another."""
+        try:
+            self._heed_budget()
+        except InfeasibleBudgetError:
+            self._adopt(self._replan_for(self._budget, self.phase.stages[:1]))
 
     def _step_aside(self) -> None:
         """Leave the device: weights are dropped, caches wait on the host, small states stay."""

@@ -4,9 +4,9 @@ Its tensors wrap CPU tensors, so every operator gives the CPU's own bits; what i
 counts from the operator that makes it until its last view is gone, to the byte; scratch memory inside an operator is
 not seen. Operators that mix devices fail as on CUDA, and allocations fail on request.
 
-The device is torch's `lazy`: the one type that each build of torch gives a device guard and no kernels, so a card can
-move in for a test and leave nothing behind. PrivateUse1, the official door, opens once per process and for good: on
-a machine with a GPU it would take pinned memory and `torch.accelerator` away from CUDA.
+The device is torch's `lazy`: a type with a device guard and without kernels, so that a card can move in for a test and
+leave nothing behind. PrivateUse1, the official door, opens once per process and for good, and `torch.accelerator` and
+pinned memory are its own from then on, in every other test too.
 """
 
 from __future__ import annotations

@@ -25,15 +25,14 @@ from lowvram.events import AudioChunk, Event, Finished
 from lowvram.offload.meter import NoMeter
 from lowvram.offload.plan import Plan
 from lowvram.offload.profile import TRACKED_LIVE_TENSORS
-from lowvram.options import TALKER_SAMPLING, SamplingParams, SpeechParams
+from lowvram.options import TALKER_SAMPLING, Limits, SamplingParams, SpeechParams
 from lowvram.runtime import OmniRuntime
 from lowvram.sampling import Sampler
 
 PLENTY_BYTES = 2**40
 SAMPLING = SamplingParams(max_tokens=6)
-SPEECH = SpeechParams(
-    sampling=replace(TALKER_SAMPLING, max_tokens=30, seed=11), steps=2, seed=7, chunk_s=0.48
-)  # one chunk of sound before the last
+SPEECH = SpeechParams(sampling=replace(TALKER_SAMPLING, max_tokens=30, seed=11), steps=2, seed=7, chunk_s=0.48)
+"""Two chunks of sound: one before all codes are known, and the rest."""
 
 
 class HostSampler(Sampler):
@@ -139,10 +138,12 @@ QUESTIONS = {
 class Host:
     """The demo in float32 on a card that is all its own; `tables_bytes` is what opening leaves there for good."""
 
-    def __init__(self, card: Card, demo: Path, vram_bytes: int = PLENTY_BYTES) -> None:
+    def __init__(self, card: Card, demo: Path, limits: Limits | None = None) -> None:
         self.card, self.meter = card, CardMeter(card)
         device = Device(DEVICE, "a simulated card", PLENTY_BYTES)
-        self.omni = OmniRuntime.open(demo, device=device, dtype="float32", vram=vram_bytes, meter=self.meter)
+        self.omni = OmniRuntime.open(
+            demo, device=device, dtype="float32", vram=PLENTY_BYTES, limits=limits, meter=self.meter
+        )
         self.tables_bytes = card.live_bytes
 
     def __enter__(self) -> Host:

@@ -128,9 +128,6 @@ def test_a_budget_named_in_the_middle_of_a_step_is_kept_or_refused_there(host: H
     assert set(verdicts.values()) == {True}, verdicts
 
 
-@pytest.mark.xfail(
-    raises=InfeasibleBudgetError, strict=True, reason="the whole next phase is planned as if it had begun already"
-)
 def test_a_budget_accepted_in_the_last_step_of_a_phase_is_kept_in_the_next(host: Host, on_cpu: Mapping[str, Answer]):
     """The next phase was planned for the old one, but nothing of it has begun."""
     question, omni = QUESTIONS["spoken"], host.omni

@@ -195,13 +195,19 @@ def test_a_card_serves_every_thread(card: Card):
 
 
 def test_a_card_leaves_nothing_behind():
+    before = torch.accelerator.current_accelerator()
     with simulated_card(1000) as card:
         kept = torch.ones(10, device=DEVICE)
+        assert torch.accelerator.current_accelerator() == before
     with pytest.raises(NotImplementedError, match="Lazy"):
         torch.empty(1, device=DEVICE)
-    assert not torch.accelerator.is_available() or torch.accelerator.current_accelerator() != DEVICE
     del kept
     assert card.live_bytes == 0
+
+
+def test_a_second_card_at_once_is_refused(card: Card):
+    with pytest.raises(AssertionError, match="there is a simulated card already"), simulated_card(1000):
+        pass
 
 
 def test_cards_come_one_after_another():
