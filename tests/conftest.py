@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("demo")
     build_demo(folder, size=TINY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deep_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with more layers than there are slots, so that some of them pass through when they are streamed."""
+    from lowvram.demo import TINY, build_demo
+
+    folder = tmp_path_factory.mktemp("deep-demo")
+    build_demo(folder, size=replace(TINY, layers=5, talker_layers=3, audio_layers=4))
     return folder
 
 

@@ -21,6 +21,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 GREEDY = replace(SPEECH, sampling=replace(SPEECH.sampling, temperature=0.0))
 
 
+@pytest.fixture
+def demo(deep_demo: Path) -> Path:
+    """Deep enough for layers to pass through slots."""
+    return deep_demo
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("n", "past"), [(1, 0), (1, 300), (64, 0), (64, 300), (200, 7)])
 @pytest.mark.parametrize("causal", [True, False])

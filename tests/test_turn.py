@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,8 +127,15 @@ def test_cutting_the_pipe_changes_nothing(omni: OmniRuntime, whole: Any, cuts: S
     assert_same_answer(answer(run(omni, plan_of(cuts))), whole)
 
 
-def test_streaming_every_block_changes_nothing(omni: OmniRuntime, whole: Any):
-    assert_same_answer(answer(run(omni, plan_of([STAGES], Placement.STREAMED))), whole)
+def test_streaming_every_layer_changes_nothing_and_holds_less(deep_demo: Path):
+    with OmniRuntime.open(deep_demo, device="cpu", dtype="float32") as omni:
+        whole = answer(run(omni, plan_of([STAGES])))
+        events, held_bytes = [], []
+        for event in run(omni, plan_of([STAGES], Placement.STREAMED)):
+            events.append(event)
+            held_bytes.append(omni._machine.residency.live_bytes)
+        assert_same_answer(answer(iter(events)), whole)
+        assert max(held_bytes) < sum(b.n_bytes for part in omni._machine.model.components.values() for b in part)
 
 
 @pytest.mark.parametrize("prefill", [1, 7, 64])
