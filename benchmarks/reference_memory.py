@@ -69,10 +69,11 @@ def trace_thinker(config: Any, tokens: int) -> int:
     """Peak bytes of the thinker on the whole prompt: 4-bit layers, and 16-bit embeddings and head."""
     with torch.device("meta"):
         thinker = Qwen2_5OmniThinkerForConditionalGeneration(config).to(DTYPE).eval()
-        _quantize(thinker.model.language_model.layers)
+        layers_and_norm = thinker.get_decoder()
+        _quantize(layers_and_norm.layers)
         embeds = torch.empty(1, tokens, config.text_config.hidden_size, dtype=DTYPE)
         positions = torch.zeros(3, 1, tokens, dtype=torch.long)
-    ledger = _ledger([*thinker.model.language_model.parameters(), *thinker.lm_head.parameters()], [embeds])
+    ledger = _ledger([*layers_and_norm.parameters(), *thinker.lm_head.parameters()], [embeds])
     with torch.inference_mode(), ledger:
         thinker(inputs_embeds=embeds, position_ids=positions, use_cache=True, output_hidden_states=True)
     return ledger.peak_bytes

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Annotated, Any, cast, get_type_hints
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -39,16 +39,14 @@ DEFAULT_OUTPUT = "reply.wav"
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the flags of its groups in their place, by name."""
-    hints = get_type_hints(command, include_extras=True)
     groups: dict[str, type] = {}
     flags: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        kind = hints[name]
-        if is_dataclass(kind):
-            groups[name] = cast(type, kind)
-            flags += inspect.signature(cast(type, kind), eval_str=True).parameters.values()
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if is_dataclass(parameter.annotation):
+            groups[name] = cast(type, parameter.annotation)
+            flags += inspect.signature(groups[name], eval_str=True).parameters.values()
         else:
-            flags.append(parameter.replace(annotation=kind))
+            flags.append(parameter)
 
     def spread_out(**given: Any) -> None:
         for name, group in groups.items():

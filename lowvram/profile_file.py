@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def write_profile(path: Path, recorded: ProfileFile) -> None:
 def make_card(device: str, **conditions: Any) -> dict[str, Any]:
     """Everything one must know to repeat a profile on `device` (its title) or to doubt it."""
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical CPUs",
         "device": device,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

@@ -42,7 +42,9 @@ def reference(tmp_path_factory) -> Qwen2_5OmniForConditionalGeneration:
     load = super(Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniForConditionalGeneration).from_pretrained
     model, report = load(folder, dtype=torch.float32, output_loading_info=True)
     model.load_speakers(folder / "spk_dict.pt")
-    assert not report["unexpected_keys"] and not report["missing_keys"] and not report["mismatched_keys"]
+    # A rotary table is stored as it was published, though constructors compute it; transformers 5.20 wonders about it.
+    unexpected = [key for key in report["unexpected_keys"] if not key.endswith("inv_freq")]
+    assert not unexpected and not report["missing_keys"] and not report["mismatched_keys"]
     return model.eval()
 
 

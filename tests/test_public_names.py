@@ -1,9 +1,8 @@
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
-import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -43,8 +42,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 
 def test_the_version_is_the_projects():
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    assert lowvram.__version__ == project["project"]["version"]
+    assert lowvram.__version__ == importlib.metadata.version("lowvram")
 
 
 def test_importing_the_package_loads_no_dependency():

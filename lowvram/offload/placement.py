@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from enum import Enum
 from typing import Any
 
 from ..errors import OptionError
@@ -21,16 +21,20 @@ STREAM_SLOTS = 2
 TABLE_COLUMNS = 120
 
 
-class Placement(StrEnum):
+class Placement(str, Enum):
     """Where a component's weights are: on the device across phases and turns, for its phase, or block by block."""
+
+    __str__ = str.__str__
 
     RESIDENT = "resident"
     PHASE = "phase"
     STREAMED = "streamed"
 
 
-class HostTier(StrEnum):
+class HostTier(str, Enum):
     """Where the host keeps a block it sends to the device: page-locked, in ordinary memory, or only in its file."""
+
+    __str__ = str.__str__
 
     PINNED = "pinned"
     PAGEABLE = "pageable"

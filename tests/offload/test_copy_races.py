@@ -101,7 +101,7 @@ class Watch(TorchDispatchMode):
         frame = sys._getframe(2)
         if frame.f_code.co_name == "drain":
             frame = frame.f_back
-        site = frame.f_code.co_qualname, frame.f_lineno
+        site = f"{type(frame.f_locals['self']).__name__}.{frame.f_code.co_name}", frame.f_lineno
         self.sites.add(site)
         return site != self._ignored
 

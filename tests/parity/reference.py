@@ -1,8 +1,9 @@
 """The oracle: transformers' own Qwen2.5-Omni, loaded in float32 with a checkpoint's (dequantized) weights.
 
-It answers with `generate`, from the same model inputs as ours. Two stumbles of transformers 5.23 are walked around:
-it hands pixel values on to a talker that refuses them, so they are addressed to the thinker alone; and it drops a mask
-of ones, without which the talker forgets its positions and the codec's pad and start rows, so the mask is put back.
+It answers with `generate`, from the same model inputs as ours. Two of the library's stumbles (transformers 5.20
+to 5.23) are walked around: it hands pixel values on to a talker that refuses them, so they are addressed to the thinker
+alone; and it drops a mask of ones, without which the talker forgets its positions and the codec's pad and start rows,
+so the mask is put back.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def load_reference(folder: Path) -> Qwen2_5OmniForConditionalGeneration:
     published = json.loads((folder / "config.json").read_text())
     group_size = (published.pop("quantization_config", None) or {}).get("group_size", 0)
     model = Qwen2_5OmniForConditionalGeneration(Qwen2_5OmniConfig.from_dict(published)).eval()
-    model.load_state_dict(dict(_state(folder, group_size)), strict=True)
+    state = _state(folder, group_size)
+    if hasattr(model.thinker.model, "language_model"):
+        state = ((_renamed(name), tensor) for name, tensor in state)
+    model.load_state_dict(dict(state), strict=True)
     model.speaker_map = torch.load(folder / "spk_dict.pt", weights_only=True)
     return model
 
@@ -59,13 +63,13 @@ def _state(folder: Path, group_size: int) -> Iterator[tuple[str, Tensor]]:
         if leaf == "qweight":
             base = name.removesuffix("qweight")
             words = (tensor, stored[f"{base}qzeros"], stored[f"{base}scales"])
-            yield _module_name(f"{base}weight"), unpack_awq(*words, group_size, torch.float32)
+            yield f"{base}weight", unpack_awq(*words, group_size, torch.float32)
         elif leaf not in ("qzeros", "scales", "inv_freq"):
-            yield _module_name(name), tensor.float()
+            yield name, tensor.float()
 
 
-def _module_name(published: str) -> str:
-    """Published names to transformers' module tree."""
+def _renamed(published: str) -> str:
+    """Published names to the module tree that transformers has since 5.21; before, the two were one."""
     for tower in ("visual", "audio_tower"):
         published = published.replace(f"thinker.{tower}.", f"thinker.model.{tower}.")
     for part in ("layers.", "embed_tokens.", "norm."):

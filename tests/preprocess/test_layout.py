@@ -101,6 +101,10 @@ def test_times_that_float32_rounds_down_are_rounded_down():
     assert torch.equal(layout.position_ids, reference_positions(layout, media, False)[0])
 
 
+@pytest.mark.skipif(
+    not hasattr(Qwen2_5OmniProcessor, "replace_video_with_audio_token"),
+    reason="before transformers 5.21 the processor lays a video out in no function of its own",
+)
 @settings(max_examples=150, deadline=None)
 @given(sounding_videos)
 def test_placeholders_of_a_video_with_sound_are_in_the_processors_order(video: VideoSegment):
