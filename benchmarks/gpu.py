@@ -5,7 +5,7 @@
 Only this repository and the installed packages are reached; weights of the true 7B shape are made on the spot where
 none are given. A speed stands beside its floor: the time in which the same card reads the bytes that the step reads. On
 a CPU (`--device cpu`) the same steps are gone through with the demo, so that a first run on a card is not spent on
-typing errors; those figures mean nothing.
+typing errors; those figures mean nothing, and what only a card can be tested for is collected and not run.
 """
 
 from __future__ import annotations
@@ -20,20 +20,31 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from harness import card_lines, make_card, write_result
+from launches import babble, draw_options
 
 from lowvram import AudioChunk, Finished, LowVRAMError, OmniRuntime, SamplingParams, SpeechParams, TextDelta
 from lowvram.demo import demo_folder
 from lowvram.device import open_device
+from lowvram.graphs import CapturedSteps, Stepping, one_by_one, open_recorder
+from lowvram.offload.plan import Phase, Placement
 from lowvram.options import TALKER_SAMPLING
+from lowvram.room import Control, Room
+from lowvram.sampling import Sampler
+from lowvram.talker import Talker
+
+T = TypeVar("T")
 
 HERE = Path(__file__).parent
-TESTS = HERE.parent / "tests" / "test_cuda.py"
+TESTS = tuple(HERE.parent / "tests" / name for name in ("test_cuda.py", "offload/test_streams.py"))
+"""Where there is something for a card alone."""
+
 CLIP = HERE.parent / "examples" / "clip.mp4"
 
 NEEDED = ("torch", "transformers", "av", "safetensors", "tokenizers", "soundfile", "soxr", "psutil", "pytest")
@@ -47,6 +58,13 @@ COPY_BYTES = 2**28
 """Of one timed copy: past every cache, small beside any card."""
 
 ROUNDS = 10
+TOKENS_PER_ROUND = 200
+STEPS_PER_TOKEN = 2
+"""A token is read, and the next one drawn."""
+
+WARM_CODES = 8
+"""Not timed: kernels are loaded and a step is captured."""
+
 GIVE_UP_S = 400
 
 
@@ -71,23 +89,52 @@ def missing(bench: Bench) -> dict[str, Any]:
 
 
 def suite(bench: Bench) -> dict[str, Any]:
-    """The card's tests: attention, parity under every cut and placement, memory given back."""
-    return _python("-m", "pytest", "-q", str(TESTS))
+    """The card's tests: attention, parity under every cut and placement, memory given back, copies beside computing."""
+    return _pytest(bench)
 
 
 def races(bench: Bench) -> dict[str, Any]:
     """Streamed layers under torch's CUDA sanitizer, which reports copies that race with what reads them."""
-    return _python("-m", "pytest", "-q", "-k", "streamed", str(TESTS), environment={"TORCH_CUDA_SANITIZER": "1"})
+    return _pytest(bench, "-k", "streamed or through_a_card", environment={"TORCH_CUDA_SANITIZER": "1"})
 
 
 def memory(bench: Bench) -> dict[str, Any]:
     """Planned, traced and measured peaks by phase, for three lengths of clip and four budgets."""
+    return _python(str(HERE / "memory.py"), *memory_arguments(bench))
+
+
+def memory_arguments(bench: Bench) -> tuple[str, ...]:
+    """What `memory` asks of memory.py; on a card each row is kept as it comes, should time run out."""
     if not bench.on_card:
-        return _python(str(HERE / "memory.py"), "--device", "cpu", "--max-tokens", "2", "--max-codes", "12", "--json")
+        return ("--trace", "demo", "--seconds", "1", "--budgets", "2GiB", "--no-speech", "--json")
     clips_and_budgets = ("--seconds", "15", "30", "60", "--budgets", "6GiB", "8GiB", "12GiB", "16GiB")
-    return _python(
-        str(HERE / "memory.py"), "--trace", "7b-awq", "--weights", str(bench.weights), *clips_and_budgets, "--json"
-    )
+    kept = HERE / "results" / "gpu-memory.json"
+    return ("--trace", "7b-awq", "--weights", str(bench.weights), *clips_and_budgets, "--json", "-o", str(kept))
+
+
+def overhead(bench: Bench) -> dict[str, float]:
+    """Microseconds of Python that the executor adds to a decoded token while all its weights stay: each block entered
+    and left, and each step asked for."""
+    with bench.open() as omni:
+        machine, plan = omni._machine, omni.plan(MESSAGES, sampling=SAMPLING, speech=None)
+        room = Room(machine.residency, machine.device, machine.trim, Control(omni.budget), plan, omni._plan)
+        next(room.phases())
+        list(room.load())
+        uses = [use for name in ("thinker", "lm_head") for use in machine.residency.component(name)]
+
+        def walk() -> None:
+            for use in uses:
+                with use:
+                    pass
+
+        walk_us, step_us = _microseconds(walk), _microseconds(lambda: room.attempt(int))
+        room.leave()
+    return {
+        "blocks": len(uses),
+        "walk_us": walk_us,
+        "step_us": step_us,
+        "token_us": walk_us + STEPS_PER_TOKEN * step_us,
+    }
 
 
 def rates(bench: Bench) -> dict[str, float]:
@@ -123,6 +170,57 @@ def speed(bench: Bench) -> dict[str, Any]:
         "audio_underrun_s": spoken.audio_underrun_s,
         "timings": dict(spoken.timings),
     }
+
+
+def graphs(bench: Bench) -> dict[str, Any]:
+    """Codes a second of the talker alone: one by one, in the fixed shapes of a captured step, and captured.
+
+    The last two are the same kernels on the same numbers and must say the same; the first merges no tail, and may part
+    from them where rounding decides.
+    """
+    with bench.open() as omni:
+        residency, device = omni._machine.residency, omni._machine.device
+        list(residency.enter(Phase("talk", ("talker",), {"talker": Placement.PHASE}, 0, 0, 0, 0)))
+        whereabouts = partial(residency.whereabouts, "talker")
+        ways: dict[str, Stepping] = {"one by one": one_by_one, "fixed shapes": CapturedSteps(Uncaptured(), whereabouts)}
+        if recorder := open_recorder(device):
+            ways["captured"] = CapturedSteps(recorder, whereabouts)
+        said = {way: _codes_and_their_rate(omni, stepping) for way, stepping in ways.items()}
+    return {
+        "codes_per_s": {way: rate for way, (_, rate) in said.items()},
+        "alike_codes": {way: _alike(codes, said["fixed shapes"][0]) for way, (codes, _) in said.items()},
+    }
+
+
+def _alike(codes: Sequence[int], others: Sequence[int]) -> int:
+    """How many are the same until the first that is not."""
+    return next((n for n, (one, other) in enumerate(zip(codes, others, strict=False)) if one != other), len(codes))
+
+
+class Uncaptured:
+    """Computes what a recorder would capture."""
+
+    def capture(self, step: Callable[[], T]) -> Callable[[], T]:
+        return step
+
+
+def _codes_and_their_rate(omni: OmniRuntime, stepping: Stepping) -> tuple[list[int], float]:
+    """Codes drawn with one seed, and how many came in a second from the `WARM_CODES`-th on."""
+    machine = omni._machine
+    *layers, rest = machine.residency.component("talker")
+    speech = machine.model.speech
+    assert speech
+    sampler = Sampler(SPEECH.sampling, device=machine.device, seed=0, **draw_options(speech))
+    codes, said = (
+        babble(Talker(speech, layers, rest, stepping=stepping), sampler, SPEECH.sampling.max_tokens, machine.device),
+        [],
+    )
+    began_s = 0.0
+    for code in codes:
+        said.append(code)
+        if len(said) == WARM_CODES:
+            began_s = time.perf_counter()
+    return said, (len(said) - WARM_CODES) / (time.perf_counter() - began_s)
 
 
 def guest(bench: Bench) -> dict[str, Any]:
@@ -165,6 +263,18 @@ def _seconds(copy: Callable[[], Any], bench: Bench) -> float:
     return min(_once(copy, bench) for _ in range(ROUNDS))
 
 
+def _microseconds(work: Callable[[], Any]) -> float:
+    """Of one call, on the host, in the fastest of some rounds."""
+
+    def round_s() -> float:
+        began_s = time.perf_counter()
+        for _ in range(TOKENS_PER_ROUND):
+            work()
+        return time.perf_counter() - began_s
+
+    return 1e6 * min(round_s() for _ in range(ROUNDS)) / TOKENS_PER_ROUND
+
+
 def _once(copy: Callable[[], Any], bench: Bench) -> float:
     wait = torch.cuda.synchronize if bench.on_card else lambda: None
     wait()
@@ -179,6 +289,11 @@ def _is_here(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # its parent package
         return False
+
+
+def _pytest(bench: Bench, *arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    dry = () if bench.on_card else ("--collect-only",)
+    return _python("-m", "pytest", "-q", *dry, *arguments, *map(str, TESTS), environment=environment)
 
 
 def _python(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -199,7 +314,7 @@ def _python(*arguments: str, environment: Mapping[str, str] | None = None) -> di
 
 _PACKAGES = {"needed": NEEDED, "optional": OPTIONAL}
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    section.__name__: section for section in (missing, suite, races, rates, speed, guest, memory)
+    section.__name__: section for section in (missing, suite, races, rates, overhead, graphs, speed, guest, memory)
 }
 
 

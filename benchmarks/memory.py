@@ -1,13 +1,14 @@
 """Peak memory of a turn, phase by phase: what the plan promises beside what the code holds.
 
     python benchmarks/memory.py [CLIP] [--model demo] [--vram 8GiB] [--json] [-o results/memory.json]
-    python benchmarks/memory.py --trace 7b-awq [--seconds 15 60] [--budgets 6GiB 8GiB] [--no-speech]
+    python benchmarks/memory.py --trace 7b-awq [--seconds 15 60] [--budgets 6GiB 8GiB] [--kv int8] [--no-speech]
 
 The first form answers once about a clip and measures: on CUDA the device's allocator is asked; on a CPU live tensors
 are tracked, which is slow and counts the host's share, too. The second needs neither weights nor a GPU: for clips of
-each length and each budget the real code runs on tensors without data, at the published model's full size. With
-`--weights` (a folder or hub id) and a CUDA card it measures the same turns, too, on made-up clips. Planned, traced and
-measured never share a column, and no column includes the plan's reserve.
+each length and each budget the real code runs on tensors without data, at the published model's full size. That takes
+about half a minute a row; `-o` is written after each, and `--resume` goes on where that file ends. With `--weights` (a
+folder or hub id) and a CUDA card it measures the same turns, too, on made-up clips. Planned, traced and measured never
+share a column, and no column includes the plan's reserve.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import av
 import numpy as np
@@ -31,14 +33,14 @@ from transformers.utils import logging
 
 from lowvram import Finished, LowVRAMError, OmniRuntime, SamplingParams, SpeechParams
 from lowvram.device import open_device
-from lowvram.errors import InfeasibleBudgetError
+from lowvram.errors import InfeasibleBudgetError, OptionError
 from lowvram.offload.budget import Budget, format_bytes
 from lowvram.offload.footprint import read_footprint
 from lowvram.offload.meter import LiveBytes
 from lowvram.offload.plan import Turn as Workload
 from lowvram.offload.plan import plan_memory
 from lowvram.offload.profile import DEVICE_ALLOCATOR, PLANNED, TRACED
-from lowvram.options import TALKER_SAMPLING, Limits
+from lowvram.options import TALKER_SAMPLING, KVPrecision, Limits
 from lowvram.planning import find_headers
 from lowvram.profile_command import Asked, measure_answer, open_counter
 from lowvram.profile_file import MEANINGS, ProfileFile
@@ -62,6 +64,9 @@ SOUND_HZ = 16_000
 
 SECONDS = (15.0, 30.0, 60.0, 120.0, 600.0)
 BUDGETS = ("6GiB", "8GiB", "10GiB", "12GiB", "16GiB")
+
+SAME = ("commit", "device", "versions", "conditions")
+"""What a card must say for two runs to share a table."""
 
 PUBLISHED_GIB = {
     "7b-awq": {15: 11.77, 30: 17.84, 60: 30.31},
@@ -99,6 +104,18 @@ def write_clip(path: Path, seconds: float) -> None:
             container.mux(stream.encode(None))
 
 
+@dataclass(frozen=True)
+class Cell:
+    """What one row is about: a clip's length, a budget, and how the caches store a number."""
+
+    seconds: float
+    budget: str
+    kv: KVPrecision
+
+    def is_in(self, row: Mapping[str, Any]) -> bool:
+        return asdict(self) == {name: row[name] for name in asdict(self)}
+
+
 class Tracer:
     """Plans and traces clips of one model at full size, in 16 bit; `largest` lists so many storages per peak, and
     `timeline` what was held step by step. Given `weights`, it measures the same turns on the CUDA card there is."""
@@ -121,24 +138,23 @@ class Tracer:
         self._footprint = read_footprint(self._headers.tensors, self._headers.config, width_bytes=2)
         self._model = traceable_model(self._headers)
 
-    def rows(self, seconds: Sequence[float], budgets: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """A row per clip and budget: the peaks by phase, or why no plan fits."""
-        for clip_s in seconds:
-            turn = count_turn(self._headers, [], [StandIn("video", clip_s, FRAME)], speech=self._speech).turn
-            for budget in budgets:
-                about = {"seconds": clip_s, "budget": budget, "prompt_tokens": turn.prompt_tokens}
-                published = PUBLISHED_GIB.get(self._name, {}).get(int(clip_s))
-                yield about | {"published_gib": published} | self._row(turn, clip_s, budget)
-
-    def _row(self, turn: Workload, clip_s: float, budget: str) -> dict[str, Any]:
+    def row(self, cell: Cell) -> dict[str, Any]:
+        """The peaks by phase of a clip in a budget, or why no plan fits."""
+        limits, clip = Limits(kv=cell.kv), StandIn("video", cell.seconds, FRAME)
+        turn = count_turn(self._headers, [], [clip], limits=limits, speech=self._speech).turn
+        published = PUBLISHED_GIB.get(self._name, {}).get(int(cell.seconds))
+        about = asdict(cell) | {"prompt_tokens": turn.prompt_tokens, "published_gib": published}
         try:
-            plan = plan_memory(self._footprint, Budget.of(budget), Limits(), turn)
+            return about | self._peaks(turn, cell, limits)
         except InfeasibleBudgetError as error:
-            return {"refused": str(error)}
+            return about | {"refused": str(error)}
+
+    def _peaks(self, turn: Workload, cell: Cell, limits: Limits) -> dict[str, Any]:
+        plan = plan_memory(self._footprint, Budget.of(cell.budget), limits, turn)
         ledger = LiveBytes("meta", explain=self._largest > 0)
         profile = trace_turn(self._model, plan, turn, self._speech, ledger=ledger)
         if self._weights:
-            profile = profile.add(DEVICE_ALLOCATOR, self._measured(clip_s, budget))
+            profile = profile.add(DEVICE_ALLOCATOR, self._measured(cell, limits))
         row: dict[str, Any] = {"reserve_bytes": plan.reserve_bytes, "peak_bytes": profile.to_json()}
         if self._timeline:
             row["timeline"] = [asdict(moment) for moment in profile.timeline]
@@ -146,11 +162,14 @@ class Tracer:
             row["largest"] = {phase: list(self._held(ledger, phase)) for phase in ledger.peaks}
         return row
 
-    def _measured(self, clip_s: float, budget: str) -> Mapping[str, int]:
+    def _measured(self, cell: Cell, limits: Limits) -> Mapping[str, int]:
         """Peaks of a real turn by the card's allocator. It may end its answer sooner; caches are allocated whole."""
-        with TemporaryDirectory() as folder, OmniRuntime.open(self._weights or "", vram=budget, device="cuda") as omni:
+        with (
+            TemporaryDirectory() as folder,
+            OmniRuntime.open(self._weights or "", vram=cell.budget, limits=limits, device="cuda") as omni,
+        ):
             clip = Path(folder) / "clip.mp4"
-            write_clip(clip, clip_s)
+            write_clip(clip, cell.seconds)
             messages = [{"role": "user", "content": [{"type": "video", "video": str(clip)}]}]
             *_, finished = omni.generate(messages, sampling=SamplingParams(seed=0), speech=self._speech)
             assert isinstance(finished, Finished)
@@ -168,7 +187,7 @@ class Tracer:
 
 def row_lines(row: dict[str, Any]) -> Iterator[str]:
     """A row for people: a line per phase."""
-    head = f"{row['seconds']:5g} s  {row['budget']:>6}"
+    head = f"{row['seconds']:5g} s  {row['budget']:>6}  {row['kv']:>5}"
     if "refused" in row:
         yield f"{head}  refused: {row['refused']}"
         return
@@ -176,7 +195,7 @@ def row_lines(row: dict[str, Any]) -> Iterator[str]:
     for phase, planned_bytes in columns[PLANNED].items():
         cells = "  ".join(format_bytes(column[phase]).rjust(10) for column in columns.values())
         yield f"{head}  {phase:24}{cells}  {planned_bytes / columns[TRACED][phase]:6.3f}"
-        yield from (f"{'':18}{line}" for line in row.get("largest", {}).get(phase, ()))
+        yield from (f"{'':25}{line}" for line in row.get("largest", {}).get(phase, ()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -205,6 +224,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trace", choices=MODELS, help="measure nothing: trace this model at its full size")
     parser.add_argument("--seconds", type=float, nargs="+", default=SECONDS, help="of traced clips")
     parser.add_argument("--budgets", nargs="+", default=BUDGETS, help="for traced clips")
+    parser.add_argument("--kv", nargs="+", choices=get_args(KVPrecision), default=["16bit"], help="of traced caches")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file of -o has, trace the others")
     parser.add_argument("--steps", type=int, default=SpeechParams().steps, help="time points of traced speech's ODE")
     parser.add_argument("--no-speech", action="store_true", help="trace answers in text alone")
     parser.add_argument("--weights", help="measure the traced turns, too, with this checkpoint on a CUDA card")
@@ -228,11 +249,32 @@ def _trace(chosen: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     device = open_device("cuda").title if chosen.weights else "none: traced on tensors without data"
     card = make_card(device, model=MODELS[chosen.trace], speech=speech is not None)
     tracer = Tracer(chosen.trace, speech, largest=chosen.largest, timeline=chosen.timeline, weights=chosen.weights)
-    rows = list(tracer.rows(chosen.seconds, chosen.budgets))
+    rows = _kept_rows(chosen.output, card) if chosen.resume else []
+    for cell in (Cell(*each) for each in product(chosen.seconds, chosen.budgets, chosen.kv)):
+        if not any(map(cell.is_in, rows)):
+            rows.append(tracer.row(cell))
+            if chosen.output:
+                write_result(chosen.output, {"card": card, "rows": rows})
     kinds = (PLANNED, TRACED, *([DEVICE_ALLOCATOR] if chosen.weights else []))
-    head = f"{'clip':>7}  {'budget':>6}  {'phase':24}{'  '.join(f'{kind:>10}' for kind in kinds)}  planned/traced"
+    columns = "  ".join(f"{kind:>10}" for kind in kinds)
+    head = f"{'clip':>7}  {'budget':>6}  {'kv':>5}  {'phase':24}{columns}  planned/traced"
     lines = [line for row in rows for line in row_lines(row)]
     return {"card": card, "rows": rows}, [*card_lines(card), "", head, *lines, *_published_lines(chosen)]
+
+
+def _kept_rows(path: Path | None, card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a file that is there already. Raises OptionError where they are of other code or another question."""
+    if path is None or not path.exists():
+        return []
+    hint = "name another -o, or leave out --resume to write it anew"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        theirs, rows = {name: kept["card"][name] for name in SAME}, list(kept["rows"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise OptionError(f"{path} holds no rows to go on with: {error!r}", hint=hint) from error
+    if theirs != (ours := {name: card[name] for name in SAME}):
+        raise OptionError(f"{path} is of {theirs}, and this run of {ours}", hint=hint)
+    return rows
 
 
 def _published_lines(chosen: argparse.Namespace) -> Iterator[str]:

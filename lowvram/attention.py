@@ -6,7 +6,8 @@ a causal triangle on itself, merged by the log-sum-exp of their scores. Nor need
 past: where nothing is hidden, the queries of a group are just more rows. The modelling library takes the function
 through its public registry, under `NAME`.
 
-A past that is kept in 8 bits is read back slice by slice and merged in the same way.
+A past that is kept in 8 bits is read back slice by slice and merged in the same way. So is the tail of a captured step:
+its shape is the same at every position, so the few keys that are still to come are hidden by a bias, and only there.
 
 Shapes: q [B, Hq, n, D]; k, v [B, Hkv, past + n, D] with Hq a multiple of Hkv; log-sum-exp [B, H, n].
 """
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers import AttentionInterface
 
-from .kv_cache import Heads, Int8Heads
+from .kv_cache import Heads, Int8Heads, TailedHeads
 
 NAME = "lowvram"
 
@@ -43,6 +44,9 @@ def attend(q: Tensor, k: Heads, v: Heads, *, causal: bool, scale: float | None =
     if isinstance(k, Int8Heads):
         assert isinstance(v, Int8Heads)
         return _attend_in_slices(q, k, v, causal=causal, scale=scale)
+    if isinstance(k, TailedHeads):
+        assert isinstance(v, TailedHeads) and q.shape[2] == 1
+        return _attend_to_tail(q, k, v, scale=scale)
     assert isinstance(v, Tensor)
     n, past = q.shape[2], k.shape[2] - q.shape[2]
     if not causal or n == 1:
@@ -83,6 +87,15 @@ def _join(q: Tensor, k: Int8Heads, v: Int8Heads, part: Part | None, seen: int, s
     return part[0].reshape(q.shape).to(q.dtype)
 
 
+def _attend_to_tail(q: Tensor, k: TailedHeads, v: TailedHeads, *, scale: float | None) -> Tensor:
+    """One query per head over a whole past and what a bias leaves of the tail."""
+    rows = _as_rows(q, k.tail.shape[1])
+    out, lse = _with_lse(rows, k.tail, v.tail, causal=False, scale=scale, bias=k.bias)
+    if k.past.shape[2]:
+        out = _merge(out, lse, *_with_lse(rows, k.past, v.past, causal=False, scale=scale))
+    return out.reshape(q.shape)
+
+
 def _union(part: Part | None, more: Part) -> Part:
     """Two parts as one, shaped as the second and, since there may be many, in the precision of log-sum-exps."""
     out, lse = more
@@ -119,26 +132,31 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
 
 
-def _with_lse(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None) -> Part:
+def _with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None, bias: Tensor | None = None
+) -> Part:
     """Attention with as many key heads as query heads, and its log-sum-exp, by the device's memory-bounded kernel.
 
-    On CUDA that is flash attention, or the memory-efficient kernel where there is none: Windows wheels of torch,
-    cards before Ampere, float32. The latter pads its log-sum-exp to a multiple of 32 rows. A `meta` tensor stands for
-    one on a CUDA device with flash attention.
+    On CUDA that is flash attention, or the memory-efficient kernel where there is none (Windows wheels of torch, cards
+    before Ampere, float32) and for a `bias`, which flash attention does not know. It pads its log-sum-exp to a multiple
+    of 32 rows. A `meta` tensor stands for one on a CUDA device with flash attention.
     """
     aten = torch.ops.aten
     if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
     if q.device.type not in ("cuda", "meta"):
-        return explicit_attention(q, k, v, causal=causal, scale=scale)
-    if q.device.type == "meta" or can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, causal, False)):
+        return explicit_attention(q, k, v, causal=causal, scale=scale, bias=bias)
+    if bias is None and (q.is_meta or can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, causal, False))):
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
     else:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+        bias = bias if bias is None else bias.expand(*q.shape[:3], -1)
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)
     return out, lse[..., : q.shape[2]]
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None) -> Part:
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None, bias: Tensor | None = None
+) -> Part:
     """The slow twin of `attend`, with the log-sum-exp: explicit mask, explicit softmax, heads repeated.
 
     For devices without kernels of their own, for tests, and for reading.
@@ -146,6 +164,8 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: 
     groups, n, total = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
     if causal:
         hidden = torch.ones(n, total, dtype=torch.bool, device=q.device).triu(total - n + 1)
         scores = scores.masked_fill(hidden, float("-inf"))

@@ -15,9 +15,6 @@ from .offload.plan import Phase, Plan
 from .offload.profile import DEVICE_ALLOCATOR, PLANNED, TRACED, TRACKED_LIVE_TENSORS, Moment
 from .profile_file import ProfileFile
 
-STAGE_OF = {"hear": "audio_tower", "see": "visual", "prefill": "thinker", "text": "thinker", "sound": "token2wav"}
-"""Whose step a moment is, by its label. Others, such as loading, belong to the step that follows."""
-
 BANDS = (("weights", "weights_bytes"), ("KV cache", "kv_bytes"), ("activations", "activation_bytes"))
 """From the ground up: what is stacked, and the field of a moment that says how high."""
 
@@ -81,15 +78,18 @@ def scale_bytes(recorded: ProfileFile) -> int:
 
 
 def split_by_phase(plan: Plan, timeline: Sequence[Moment]) -> list[tuple[Phase, tuple[Moment, ...]]]:
-    """The moments of each phase. One that shows none is left out; without a timeline each has its plan as a moment."""
+    """The moments of each phase. One that shows none is left out; without a timeline each has its plan as a moment.
+
+    A phase that this plan does not know, of one that replaced it on the way, counts to the one before.
+    """
     if not timeline:
-        return [(p, (Moment("plan", p.weights_bytes, p.kv_bytes, p.activation_bytes),)) for p in plan.phases]
-    owners = _owners(plan, timeline)
-    by_phase = (
-        (phase, tuple(moment for moment, owner in zip(timeline, owners, strict=True) if owner == index))
-        for index, phase in enumerate(plan.phases)
-    )
-    return [(phase, moments) for phase, moments in by_phase if moments]
+        return [(phase, (_as_planned(phase),)) for phase in plan.phases]
+    shown: dict[str, list[Moment]] = {phase.name: [] for phase in plan.phases}
+    name = plan.phases[0].name
+    for moment in timeline:
+        name = moment.phase if moment.phase in shown else name
+        shown[name].append(moment)
+    return [(phase, tuple(shown[phase.name])) for phase in plan.phases if shown[phase.name]]
 
 
 def share_width(steps: Sequence[int], least_px: Sequence[float], width_px: float) -> list[float]:
@@ -160,18 +160,9 @@ def limit_words(plan: Plan) -> str:
     return f"{budget}, reserve {format_bytes(plan.reserve_bytes)}" if plan.reserve_bytes else budget
 
 
-def _owners(plan: Plan, timeline: Sequence[Moment]) -> list[int]:
-    """The index of each moment's phase. Phases follow one another; a word that is shown late turns nothing back."""
-    of_stage = {stage: index for index, phase in enumerate(plan.phases) for stage in phase.stages}
-    owners: list[int] = []
-    following = len(plan.phases) - 1
-    for moment in reversed(timeline):
-        following = of_stage.get(STAGE_OF.get(moment.label, ""), following)
-        owners.append(following)
-    owners.reverse()
-    for index in range(1, len(owners)):
-        owners[index] = max(owners[index - 1], owners[index])
-    return owners
+def _as_planned(phase: Phase) -> Moment:
+    weights_bytes = phase.weights_bytes + phase.prefetch_bytes
+    return Moment("plan", phase.name, weights_bytes, phase.kv_bytes, phase.activation_bytes)
 
 
 def _lanes(recorded: ProfileFile, width_px: int) -> list[Lane]:

@@ -36,10 +36,23 @@ class Int8Heads:
         return (self.codes[:, :, start:stop] * self.scales[:, :, start:stop]).to(self.dtype)
 
 
-Heads = Tensor | Int8Heads
+@dataclass(frozen=True)
+class TailedHeads:
+    """Keys or values as a `Stretch` hands them to `attend`: a `past` [B, Hkv, P, D] that all counts, and a `tail`
+    [B, Hkv, n, D] of which `bias` [1, 1, 1, n], 0 or minus infinity, says what counts."""
+
+    past: Tensor
+    tail: Tensor
+    bias: Tensor
+
+
+Heads = Tensor | Int8Heads | TailedHeads
 """What a cache hands to attention for a layer's keys, and for its values."""
 
 KEYS, VALUES = 0, 1
+
+BIAS_COLUMNS = 16
+"""Kernels read a bias this many elements at a time: its rows are made for a multiple of them."""
 
 
 class KVCache:
@@ -104,6 +117,20 @@ class KVCache:
         assert length >= 0, length
         self._filled = [min(filled, length) for filled in self._filled]
 
+    def stretch(self, n_tokens: int) -> Stretch:
+        """The next `n_tokens` positions, or as many as there are, for decode steps of one shape. Not for 8 bits."""
+        (store,) = self._stores
+        start = self.get_seq_length()
+        return Stretch(store, start, min(start + n_tokens, self.max_tokens))
+
+    def goes_on_in(self, stretch: Stretch) -> bool:
+        """Whether the next position is one of a stretch of this cache, at the place where it is now."""
+        return stretch.store is self._stores[0] and stretch.start <= self.get_seq_length() < stretch.stop
+
+    def advance(self) -> None:
+        """Count one position more in every layer: a step has written it through a `Stretch`."""
+        self._filled = [filled + 1 for filled in self._filled]
+
     def move(self, device: torch.device) -> None:
         """Continue on another device. Only what is filled travels; views handed out before stay where they were."""
         self._stores = [self._moved(store, device) for store in self._stores]
@@ -116,6 +143,37 @@ class KVCache:
         for source, target in zip(store.flatten(0, 3), moved.flatten(0, 3), strict=True):
             target[:filled].copy_(source[:filled])
         return moved
+
+
+class Stretch:
+    """Positions of a cache, from `start` to before `stop`, for decode steps that are captured once and repeated.
+
+    Stands in the cache's place while such a step is computed. Shapes are those of the whole stretch, and which of its
+    positions comes next is read from a tensor on the device, so that nothing of one step is in what is captured.
+    `store` [n_layers, 2, 1, Hkv, max_tokens, D] holds the positions before `start`.
+    """
+
+    def __init__(self, store: Tensor, start: int, stop: int) -> None:
+        assert start < stop, f"no position is left after {start}"
+        self.store, self.start, self.stop = store, start, stop
+        self._past, self._tail = store[..., :start, :], store[..., start:stop, :]
+        self._tail.zero_()  # what a bias hides is multiplied by 0 all the same, and fresh memory may hold a NaN
+        width = -(-(stop - start) // BIAS_COLUMNS) * BIAS_COLUMNS
+        self._columns = torch.arange(width, device=store.device)
+        self._open = torch.zeros(1, 1, 1, width, dtype=store.dtype, device=store.device)
+
+    def begin(self, slot: Tensor) -> None:
+        """Write position `start + slot`, slot [1] int64 on the device, in the step that follows, and see none after."""
+        self._slot = slot
+        self._bias = self._open.masked_fill(self._columns > slot, -torch.inf)[..., : self.stop - self.start]
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object) -> tuple[TailedHeads, TailedHeads]:
+        """Write one layer's key and value [1, Hkv, 1, D] of the step's position; return all that the step may see."""
+        past, tail = self._past[layer_idx], self._tail[layer_idx]
+        for part, heads in ((KEYS, key), (VALUES, value)):
+            tail[part].index_copy_(2, self._slot, heads)
+        keys, values = (TailedHeads(past[part], tail[part], self._bias) for part in (KEYS, VALUES))
+        return keys, values
 
 
 class Int8KVCache(KVCache):

@@ -137,7 +137,7 @@ def _peaks(kind: str, peaks: Mapping[str, Any]) -> dict[str, int]:
 
 def _moment(fields: Mapping[str, Any]) -> Moment:
     sizes = (_n_bytes(fields[name]) for name in ("weights_bytes", "kv_bytes", "activation_bytes"))
-    return Moment(str(fields["label"]), *sizes)
+    return Moment(str(fields["label"]), str(fields["phase"]), *sizes)
 
 
 def _n_bytes(value: Any) -> int:

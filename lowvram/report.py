@@ -92,6 +92,8 @@ def where_weights_are(phase: Phase) -> str:
         names = [_with_layers(phase, name) for name, where in phase.placements.items() if where is placement]
         if names:
             groups.append(f"{words}: {', '.join(names)}")
+    if phase.prefetch_bytes:
+        groups.append(f"of the next phase {format_bytes(phase.prefetch_bytes)} come meanwhile")
     return "; ".join(groups)
 
 
@@ -153,11 +155,11 @@ def _peaks_table(recorded: ProfileFile) -> str:
 def _plan(plan: Plan) -> str:
     """What was planned for each phase, where its weights are, and the rest in words."""
     sizes = (
-        (phase.name, phase.weights_bytes, phase.kv_bytes, phase.activation_bytes, phase.peak_bytes)
-        for phase in plan.phases
+        (p.name, p.weights_bytes, p.kv_bytes, p.activation_bytes, p.prefetch_bytes, p.peak_bytes) for p in plan.phases
     )
     rows = ([name, *map(format_bytes, n_bytes)] for name, *n_bytes in sizes)
-    table = _table("Planned, without the reserve", ["phase", "weights", "KV cache", "activations", "peak"], rows)
+    heads = ["phase", "weights", "KV cache", "activations", "next phase’s", "peak"]
+    table = _table("Planned, without the reserve", heads, rows)
     places = _definitions((phase.name, where_weights_are(phase)) for phase in plan.phases)
     return f"{table}<h3>Where weights are</h3>{places}<p>{escape(_plan_words(plan))}</p>"
 

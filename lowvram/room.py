@@ -23,8 +23,9 @@ from .offload.residency import Residency
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Replan = Callable[[Budget, tuple[str, ...]], Plan]
-"""A plan within a budget for what is left of a turn, whose first phase is of the given stages, already begun."""
+Replan = Callable[[Budget, frozenset[str], tuple[str, ...]], Plan]
+"""A plan within a budget for what is left of a turn: without the stages that are over, and with those that have begun
+as a first phase of their own."""
 
 CPU = torch.device("cpu")
 
@@ -93,8 +94,12 @@ class Room:
         replan: Replan,
     ) -> None:
         self.plan, self.phase = plan, plan.phases[0]
+        self._begun: tuple[str, ...] = ()
         self._over: set[str] = set()
+        self._deciding = threading.RLock()
+        """No stage begins while another thread asks whether what is left can be cut."""
         self._residency = residency
+        self._here = residency.here()
         self._device = device
         self._trim = trim
         self._control = control
@@ -102,6 +107,7 @@ class Room:
         self._budget = control.budget
         self._loading: Iterator[tuple[int, int]] = iter(())
         self._caches: list[KVCache] = []
+        self._captures: list[Callable[[], None]] = []
         self._away = False
 
     def phases(self) -> Iterator[Phase]:
@@ -109,29 +115,42 @@ class Room:
         self._adopt(self.plan)
         while True:
             yield self.phase
-            self._caches.clear()
-            rest = self.plan.phases[self.plan.phases.index(self.phase) + 1 :]
-            if not rest:
+            self._let_go()
+            if self._following is None:
                 return
-            self.phase = rest[0]
-            self._heed_budget_between_phases()
+            with self._deciding:
+                self._over.update(self.phase.stages)
+                self._begun, self.phase = (), self._following
+                self._heed_budget()
             self._residency.make_way(self.phase)  # now, so that nobody counts the last phase's weights as this one's
-            self._loading = self._residency.enter(self.phase)
-
-    @property
-    def stages_left(self) -> tuple[str, ...]:
-        """The stages of this phase that are not over, its last one in any case."""
-        *others, last = self.phase.stages
-        return (*(stage for stage in others if stage not in self._over), last)
+            self._enter()
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV caches that this phase holds."""
         return sum(cache.n_bytes for cache in self._caches)
 
+    def begin(self, stage: str) -> bool:
+        """Whether a stage may begin now, as one of the phase in force. From then on nothing cuts it from those of the
+        phase that have begun before it and are not over."""
+        with self._deciding:
+            self._heed_budget()
+            if stage in self.phase.stages:
+                self._begun = (*self._begun, stage)
+            return stage in self.phase.stages
+
     def end(self, stage: str) -> None:
         """A stage is over. Its weights stay for now, but another plan for the rest of the turn will do without them."""
         self._over.add(stage)
+
+    def accept(self, budget: Budget) -> None:
+        """Promise, to any thread, to keep within another budget from the next step on.
+
+        Raises InfeasibleBudgetError, and promises nothing, when what is left of the turn cannot run in so little.
+        """
+        with self._deciding:
+            self._replanned(budget)
+            self._control.set_budget(budget)
 
     def load(self) -> Iterator[tuple[int, int]]:
         """Bring the phase's weights, yielding (bytes so far, bytes in all)."""
@@ -143,6 +162,10 @@ class Room:
         cache = self.attempt(make_cache)
         self._caches.append(cache)
         return cache
+
+    def before_moving(self, drop: Callable[[], None]) -> None:
+        """Have `drop` called before weights or caches of this phase go elsewhere, and when it is over."""
+        self._captures.append(drop)
 
     def attempt(self, step: Callable[[], T], undo: Callable[[], object] = lambda: None) -> T:
         """The result of `step`, computed as soon as the device is ours, and again after `undo` if it runs out.
@@ -160,15 +183,16 @@ class Room:
 
     def adapt(self) -> None:
         """Do now what can be done without waiting; for a thread that has stopped the turn between two steps."""
-        if self._control.released and not self._away:
-            self._step_aside()
-        self._heed_budget()
-        if not self._away:
-            self._with_relief(lambda: next(self._loading, None))  # what must go goes before the first block comes
+        with self._here():
+            if self._control.released and not self._away:
+                self._step_aside()
+            self._heed_budget()
+            if not self._away:
+                self._with_relief(lambda: next(self._loading, None))  # what must go goes before the first block comes
 
     def leave(self) -> None:
         """The turn is over: only residents stay, or nothing if the device was asked back."""
-        self._caches.clear()
+        self._let_go()
         self._residency.leave()
         if self._control.released:
             self._residency.release()
@@ -192,21 +216,15 @@ class Room:
             self._budget = self._control.budget
             self._go_on_within(self._budget)
 
-    def _heed_budget_between_phases(self) -> None:
-        """Nothing of the phase to come has begun: where its stages do not fit together, they go one after another."""
-        try:
-            self._heed_budget()
-        except InfeasibleBudgetError:
-            self._adopt(self._replan_for(self._budget, self.phase.stages[:1]))
-
     def _step_aside(self) -> None:
         """Leave the device: weights are dropped, caches wait on the host, small states stay."""
+        self._drop_captures()
         self._away = True
         self._residency.release()
         for cache in self._caches:
             cache.move(CPU)
         self._trim()
-        self._loading = self._residency.enter(self.phase)
+        self._enter()
 
     def _come_back(self) -> None:
         for cache in self._caches:
@@ -238,11 +256,14 @@ class Room:
             raise self._exceeded() from error
 
     def _give_back_what_is_free(self) -> None:
+        """What came ahead of the next phase goes, too, and for the rest of this phase nothing more comes."""
+        self._drop_captures()
         self._trim()
         self._loading = self._residency.enter(self.phase)
 
     def _keep_three_quarters(self) -> None:
-        self._fall_back_to(max(1, self.phase.peak_bytes * 3 // 4 + self.plan.reserve_bytes))
+        own_bytes = self.phase.peak_bytes - self.phase.prefetch_bytes
+        self._fall_back_to(max(1, own_bytes * 3 // 4 + self.plan.reserve_bytes))
 
     def _keep_the_least(self) -> None:
         self._fall_back_to(1)
@@ -255,13 +276,38 @@ class Room:
             self._go_on_within(Budget(error.needed_bytes, self._budget.ram_bytes))
 
     def _go_on_within(self, budget: Budget) -> None:
-        self._adopt(self._replan_for(budget, self.stages_left))
+        self._adopt(self._replanned(budget))
+
+    def _replanned(self, budget: Budget) -> Plan:
+        """The rest of the turn within a budget: what has begun and is not over, or else the last to have begun, as a
+        phase of its own; what has not begun, as it fits. Raises InfeasibleBudgetError."""
+        begun = tuple(stage for stage in self._begun if stage not in self._over) or self._begun[-1:]
+        return self._replan_for(budget, frozenset(self._over.difference(begun)), begun)
 
     def _adopt(self, plan: Plan) -> None:
         """Follow another plan from its first phase on; its weights come with the next step."""
+        self._drop_captures()
         self.plan, self.phase = plan, plan.phases[0]
         self._residency.prepare(plan)
-        self._loading = self._residency.enter(self.phase)
+        self._enter()
+
+    def _drop_captures(self) -> None:
+        for drop in self._captures:
+            drop()
+
+    def _let_go(self) -> None:
+        """What was held for a phase, when it is over."""
+        self._drop_captures()
+        self._captures.clear()
+        self._caches.clear()
+
+    def _enter(self) -> None:
+        self._loading = self._residency.enter(self.phase, self._following)
+
+    @property
+    def _following(self) -> Phase | None:
+        after = self.plan.phases.index(self.phase) + 1
+        return self.plan.phases[after] if after < len(self.plan.phases) else None
 
     def _exceeded(self) -> BudgetExceededError:
         return BudgetExceededError(

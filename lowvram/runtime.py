@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -47,7 +47,8 @@ class OmniRuntime:
     """A checkpoint ready to answer inside a budget: one answer at a time, any number one after another.
 
     Make one with `open`; use it as a context manager or `close` it. Opening reads headers, not weights. The host
-    application is left alone: no global settings, no signal handlers, no threads.
+    application is left alone: no global settings, no signal handlers, and no thread but one that reads the next weights
+    while a card computes, and ends before the answer does.
     """
 
     def __init__(
@@ -212,9 +213,10 @@ class OmniRuntime:
         budget = _granted(replace(Budget.of(vram), ram_bytes=self.budget.ram_bytes), self.device)
         turn = self._turn
         if turn is not None:
-            turn.request.replan(budget, turn.room.stages_left)
+            turn.room.accept(budget)
+        else:
+            self._control.set_budget(budget)
         self.budget = budget
-        self._control.set_budget(budget)
         self._adapt()
 
     def release(self) -> None:
@@ -222,6 +224,7 @@ class OmniRuntime:
 
         An answer in the making drops its weights and takes its KV cache to the host at its next step, at once if
         nobody is asking for its next event; its iterator waits meanwhile. Without one, resident weights leave now.
+        After `resume` weights come again from the first: who releases at every event of loading waits for ever.
         """
         self._require_open()
         self._released = True
@@ -323,9 +326,11 @@ class OmniRuntime:
             finally:
                 self._stepping.release()
 
-    def _plan(self, workload: Workload, budget: Budget, begun: tuple[str, ...] = ()) -> Plan:
+    def _plan(
+        self, workload: Workload, budget: Budget, over: Set[str] = frozenset(), begun: tuple[str, ...] = ()
+    ) -> Plan:
         device = self.device.torch.type
-        return plan_memory(self._footprint, budget, self.limits, workload, device=device, begun=begun)
+        return plan_memory(self._footprint, budget, self.limits, workload, device=device, over=over, begun=begun)
 
     def _workload(self, shape: PromptShape, sampling: SamplingParams, speech: SpeechParams | None) -> Workload:
         return turn_of(shape.prompt_tokens, shape.grids, shape.audio_windows, sampling, speech, self.limits.kv)

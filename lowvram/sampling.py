@@ -1,6 +1,9 @@
 """Logits to a token id: penalty, suppression, temperature, top-k, top-p, draw. The one seam where a value leaves the
 device.
 
+A draw has three parts: random numbers are made ready, an id is chosen, and the host reads it, which is the only time it
+waits. The second may be part of a captured step.
+
 The order and the meaning of each filter are those of the modelling library's `generate` (transformers 5.23,
 `generation/logits_process.py`), so that greedy and filtered distributions are the reference's.
 """
@@ -55,22 +58,42 @@ class Sampler:
         self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         if seen is not None:
             self._seen[seen.to(device)] = True
+        self._noise: Tensor | None = None
+        """[V] float32, of the exponential distribution: made with the first draw, renewed in place for each."""
+        self._noise_is_fresh = False
 
     def __call__(self, logits: Tensor) -> int:
         """Draw the next id from logits [V] of any float dtype. A draw that fails is as if it had not been tried."""
-        before = self._generator.get_state()
-        try:
-            scores = self._filtered(logits.float())
-            token = scores.argmax() if self._params.greedy else self._draw(scores)
-            token_id = int(token)
-            self._seen[token] = True
-        except RuntimeError:
-            self._generator.set_state(before)
-            raise
+        self.prepare()
+        return self.settle(self.choose(logits))
+
+    def prepare(self) -> None:
+        """Have the random numbers of the next draw ready; those of one that failed are not spent."""
+        if self._params.greedy or self._noise_is_fresh:
+            return
+        if self._noise is None:
+            self._noise = torch.empty_like(self._seen, dtype=torch.float32)
+        fresh = torch.empty(len(self._seen), device=self._generator.device)
+        self._noise.copy_(fresh.exponential_(generator=self._generator))
+        self._noise_is_fresh = True
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next id, [1] int64 where the logits [V] are: nothing is waited for and nothing remembered."""
+        if self._params.greedy:
+            return self._filtered(logits.float()).argmax(0, keepdim=True)
+        assert self._noise is not None, "a draw is prepared first"
+        # As torch.multinomial does with the same numbers, but for its checks, which launch more than the draw does.
+        return (self.distribution(logits) / self._noise).argmax(0, keepdim=True)
+
+    def settle(self, token: Tensor) -> int:
+        """Read what was chosen, and remember it."""
+        token_id = int(token)
+        self._seen.index_fill_(0, token, True)
+        self._noise_is_fresh = False
         return token_id
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """Probabilities [V] float32 from which `__call__` draws (one-hot when greedy)."""
+        """Probabilities [V] float32 from which a draw is made (one-hot when greedy)."""
         scores = self._filtered(logits.float())
         if self._params.greedy:
             return torch.zeros_like(scores).index_fill_(0, scores.argmax(), 1.0)
@@ -94,9 +117,6 @@ class Sampler:
         if params.top_p < 1.0:
             ascending, order = scores.sort()
             tail = ascending.softmax(-1).cumsum(-1) <= 1 - params.top_p
-            tail[-1] = False  # the likeliest id always stays
+            tail[-1].fill_(False)  # the likeliest id always stays
             scores = scores.masked_fill(tail.scatter(0, order, tail), -torch.inf)
         return scores
-
-    def _draw(self, scores: Tensor) -> Tensor:
-        return torch.multinomial(self._warped(scores).softmax(-1), 1, generator=self._generator)[0]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .flow import Attempt, PromptEmbeds, ThinkerStep, Weights, at_once
-from .kv_cache import KVCache
+from .graphs import Step, Stepping, one_by_one
+from .kv_cache import KVCache, Stretch
 from .model import CodecIds, Speech
 from .sampling import Sampler
 
@@ -29,6 +30,7 @@ class Talker:
     layers: Weights
     rest: AbstractContextManager[nn.Module]
     attempt: Attempt = at_once
+    stepping: Stepping = one_by_one
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,18 @@ def talk(
     if first is None or max_codes < 1:
         return
     hidden = _read_prompt(talker, prompt, prompt_rows, text_rows.begin, first, cache, chunk_tokens, device)
+    code = talker.attempt(partial(_draw, talker, hidden, sampler))
+    step = talker.stepping(partial(_read_and_choose, talker, sampler, device), cache, device)
     rows = chain(reply, (text_rows.end,), repeat(text_rows.pad))
     for index in range(max_codes):
-        code = talker.attempt(partial(_draw, talker, hidden, sampler))
         if code in (talker.speech.codec_ids.pad, talker.speech.codec_ids.end):
             return
         yield code
         if index == max_codes - 1:
             return
         row = talker.speech.codec_embed(torch.tensor([code], device="cpu")) + next(rows)
-        position = torch.full((3, 1), prompt.next_position + 2 + index, device="cpu")
-        hidden = _read(talker, row, position, cache, device)
+        read = partial(_next_code, step, row, prompt.next_position + 2 + index, sampler)
+        code = talker.attempt(read, partial(cache.rewind, cache.get_seq_length()))
 
 
 def seen_by_penalty(ids: CodecIds) -> Tensor:
@@ -104,21 +107,40 @@ def _read_prompt(
 
 def _read(talker: Talker, rows: Tensor, position_ids: Tensor, cache: KVCache, device: torch.device) -> Tensor:
     """Hidden state [1, D] of the last of `rows` [n, H], which join the cache at positions [3, n]."""
-    step = partial(_forward, talker, rows, position_ids, cache, device)
+    step = partial(_forward, talker, device, rows, position_ids, cache)
     return talker.attempt(step, partial(cache.rewind, cache.get_seq_length()))
 
 
-def _forward(talker: Talker, rows: Tensor, position_ids: Tensor, cache: KVCache, device: torch.device) -> Tensor:
+def _next_code(step: Step[Tensor], row: Tensor, position: int, sampler: Sampler) -> int:
+    """Read one more row [1, H] and draw the code after it."""
+    sampler.prepare()
+    return sampler.settle(step(row, position))
+
+
+def _read_and_choose(
+    talker: Talker, sampler: Sampler, device: torch.device, row: Tensor, position_ids: Tensor, kv: KVCache | Stretch
+) -> Tensor:
+    """What of a step can be captured: the code [1] after a row [1, H] at positions [3, 1]."""
+    return sampler.choose(_logits(talker, _forward(talker, device, row, position_ids, kv)))
+
+
+def _forward(talker: Talker, device: torch.device, rows: Tensor, position_ids: Tensor, kv: KVCache | Stretch) -> Tensor:
+    """Hidden state [1, D] of the last of rows [n, H] at positions [3, n], all of which join the cache."""
     with talker.rest as rest:
-        hidden = rest.get_submodule("thinker_to_talker_proj")(rows.to(device)).unsqueeze(0)
-    rotary = talker.speech.decoder.rotary(hidden, position_ids.to(hidden.device).unsqueeze(1))
+        hidden = rest.get_submodule("thinker_to_talker_proj")(rows.to(device, non_blocking=True)).unsqueeze(0)
+    rotary = talker.speech.decoder.rotary(hidden, position_ids.to(device, non_blocking=True).unsqueeze(1))
     for block in talker.layers:
         with block as layer:
-            hidden = layer(hidden, position_embeddings=rotary, past_key_values=cache)
+            hidden = layer(hidden, position_embeddings=rotary, past_key_values=kv)
     return hidden[0, -1:].clone()  # a view would hold the whole chunk
 
 
 def _draw(talker: Talker, hidden: Tensor, sampler: Sampler) -> int:
+    return sampler(_logits(talker, hidden))
+
+
+def _logits(talker: Talker, hidden: Tensor) -> Tensor:
+    """Logits [V] after a hidden state [1, D]."""
     with talker.rest as rest:
-        logits = rest.get_submodule("codec_head")(rest.get_submodule("model.norm")(hidden))
-    return sampler(logits[0])
+        logits: Tensor = rest.get_submodule("codec_head")(rest.get_submodule("model.norm")(hidden))
+    return logits[0]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .flow import Attempt, PromptEmbeds, ThinkerStep, Weights, at_once
-from .kv_cache import KVCache
+from .graphs import Step, Stepping, one_by_one
+from .kv_cache import KVCache, Stretch
 from .model import Decoder
 from .sampling import Choice
 from .weights import HostRows
@@ -31,6 +32,7 @@ class Thinker:
     lm_head: AbstractContextManager[nn.Module]
     embed_tokens: HostRows
     attempt: Attempt = at_once
+    stepping: Stepping = one_by_one
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,7 @@ def prefill(
     def read_chunk() -> tuple[Tensor, Tensor | None]:
         """The last row's final hidden state [1, H] and, if the talker needs them, all rows' [n, H] on the host."""
         rows = slice(done, min(done + chunk_tokens(), total))
-        embeds = prompt.embeds[rows].to(device).unsqueeze(0)
-        hidden = _forward(thinker, embeds, prompt.position_ids[:, rows], cache)[0]
+        hidden = _forward(thinker, device, prompt.embeds[rows], prompt.position_ids[:, rows], cache)
         # A view of the last row would hold the whole chunk.
         return hidden[-1:].clone(), None if talker_rows is None else hidden.to(talker_rows.device)
 
@@ -92,14 +93,14 @@ def decode(
     A step is yielded once its reply row is known, so the talker can follow at once; the last step has none.
     """
     hidden = prefilled.last
+    step = thinker.stepping(partial(_forward, thinker, hidden.device), cache, hidden.device)
     for index in range(max_tokens):
         token_id = thinker.attempt(partial(_draw, thinker, hidden, choose))
         if token_id in stop_ids or index == max_tokens - 1:
             yield ThinkerStep(token_id, None)
             return
         embed = thinker.embed_tokens(torch.tensor([token_id], device="cpu"))
-        position = torch.full((3, 1), prefilled.next_position + index, device="cpu")
-        read = partial(_read_token, thinker, embed, position, cache, hidden.device)
+        read = partial(_read_token, step, embed, prefilled.next_position + index)
         hidden, on_host = thinker.attempt(read, partial(cache.rewind, cache.get_seq_length()))
         yield ThinkerStep(token_id, embed[0] + on_host[0])
 
@@ -109,19 +110,21 @@ def _draw(thinker: Thinker, hidden: Tensor, choose: Choice) -> int:
         return choose(head(hidden)[0])
 
 
-def _read_token(
-    thinker: Thinker, embed: Tensor, position: Tensor, cache: KVCache, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The final hidden state [1, H] of one more row, on the device and on the host."""
-    hidden = _forward(thinker, embed.to(device).unsqueeze(0), position, cache)[0]
+def _read_token(step: Step[Tensor], embed: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    """The final hidden state [1, H] of one more row [1, H], on the device and on the host."""
+    hidden = step(embed, position)
     return hidden, hidden.to(embed.device)
 
 
-def _forward(thinker: Thinker, hidden: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-    """Final hidden states [1, n, H] of rows [1, n, H] at positions [3, n], which join the cache."""
-    rotary = thinker.decoder.rotary(hidden, position_ids.to(hidden.device).unsqueeze(1))
+def _forward(
+    thinker: Thinker, device: torch.device, rows: Tensor, position_ids: Tensor, kv: KVCache | Stretch
+) -> Tensor:
+    """Final hidden states [n, H] of rows [n, H] at positions [3, n], which join the cache."""
+    hidden = rows.to(device, non_blocking=True).unsqueeze(0)
+    rotary = thinker.decoder.rotary(hidden, position_ids.to(device, non_blocking=True).unsqueeze(1))
     for block in thinker.layers:
         with block as layer:
-            hidden = layer(hidden, position_embeddings=rotary, past_key_values=cache)
+            hidden = layer(hidden, position_embeddings=rotary, past_key_values=kv)
     with thinker.rest as rest:
-        return rest.get_submodule("norm")(hidden)
+        final: Tensor = rest.get_submodule("norm")(hidden)[0]
+    return final

@@ -85,7 +85,8 @@ def trace_turn(
 ) -> MemoryProfile:
     """Run the turn that `plan` was made for, and count the device's live bytes: planned beside traced, and a timeline.
 
-    The turn speaks if the plan has codes, as `speech` says. Neither column includes the plan's reserve: tables that
+    The turn speaks if the plan has codes, as `speech` says. What may come ahead of its phase is all there as soon as
+    the phase before has loaded: no more of it can be held. Neither column includes the plan's reserve: tables that
     stay, what operators use inside themselves, and how the allocator rounds are not seen here. A `ledger` of one's own
     (`LiveBytes("meta", explain=True)`) can be asked afterwards what was held at each peak.
     """

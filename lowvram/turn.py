@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from .encoders import AudioTower, VisionTower, embed_prompt, encode_audios, enco
 from .errors import BudgetExceededError
 from .events import AudioChunk, Event, Finished, FinishReason, Progress, TextDelta
 from .flow import ModelInputs, ThinkerStep
+from .graphs import CapturedSteps, Stepping, one_by_one, open_recorder
 from .kv_cache import KVCache
 from .model import Decoder, OmniModel
 from .offload.budget import format_bytes
@@ -126,7 +127,7 @@ class Turn:
                 plan = self.room.plan
                 with self.machine.meter.phase(phase.name):
                     for part in (self._onload, self._encode, self._answer):
-                        yield from self._watched(part(phase))
+                        yield from self._watched(part())
                 if self.room.plan is plan:
                     self._compare_with(plan, phase)
         except Cancelled:
@@ -168,22 +169,22 @@ class Turn:
         profile, meter = MemoryProfile.of(self.room.plan), self.machine.meter
         return profile.add(meter.kind, meter.peaks) if meter.peaks else profile
 
-    def _onload(self, phase: Phase) -> Iterator[Event]:
+    def _onload(self) -> Iterator[Event]:
         with self._timed("load"):
             for done, total in self.room.load():
                 yield Progress("load", done, total, "bytes")
 
-    def _encode(self, phase: Phase) -> Iterator[Event]:
+    def _encode(self) -> Iterator[Event]:
         """Fill the prompt's media rows with whatever encoders this phase holds."""
         inputs, model, room = self.request.inputs, self.machine.model, self.room
         device, embeds = self.machine.device, self._prompt.embeds
-        if "audio_tower" in phase.stages and inputs.audios:
+        if inputs.audios and room.begin("audio_tower"):
             ears = AudioTower(model.hearing, *self._layers_and_rest("audio_tower"), room.attempt)
             windows = lambda: room.plan.audio_chunk_windows  # noqa: E731 (asked anew for each chunk)
             heard = encode_audios(inputs.audios, ears, embeds, chunk_windows=windows, device=device)
             yield from self._encoding("hear", heard, inputs.audios)
             room.end("audio_tower")
-        if "visual" in phase.stages and inputs.visuals:
+        if inputs.visuals and room.begin("visual"):
             eyes = VisionTower(model.vision, *self._layers_and_rest("visual"), room.attempt)
             patches = lambda: room.plan.vision_chunk_patches  # noqa: E731
             seen = encode_visuals(inputs.visuals, eyes, embeds, chunk_patches=patches, device=device)
@@ -197,14 +198,14 @@ class Turn:
                 done += rows
                 yield Progress(stage, done, total, "tokens")
 
-    def _answer(self, phase: Phase) -> Iterator[Event]:
+    def _answer(self) -> Iterator[Event]:
         """Chain this phase's share of thinker, talker and token2wav, and pull on its end."""
         pipe: Iterator[Any] = iter(())
-        if "thinker" in phase.stages:
+        if self.room.begin("thinker"):
             pipe = self._steps = Lookahead((yield from self._prefill()))
-        if "talker" in phase.stages:
+        if self.room.begin("talker"):
             pipe = self._codes = self._talk(self._steps)
-        if "token2wav" in phase.stages:
+        if self.room.begin("token2wav"):
             pipe = self._speak(self._codes)
         yield from self._pull(pipe)
 
@@ -246,7 +247,12 @@ class Turn:
         """The answer's text, step by step; what can be shown of it goes to the outbox."""
         machine, max_tokens = self.machine, self.request.sampling.max_tokens
         steps = decode(
-            self._thinker(), prefilled, cache, self._choice(), stop_ids=machine.stop_ids, max_tokens=max_tokens
+            replace(self._thinker(), stepping=self._stepping("thinker")),
+            prefilled,
+            cache,
+            self._choice(),
+            stop_ids=machine.stop_ids,
+            max_tokens=max_tokens,
         )
         text = TextStream(machine.detokenize)
         try:
@@ -290,7 +296,7 @@ class Turn:
         )
         layers, rest = self._layers_and_rest("talker")
         codes = talk(
-            Talker(model.speech, layers, rest, self.room.attempt),
+            Talker(model.speech, layers, rest, self.room.attempt, self._stepping("talker")),
             self._prompt,
             self._talker_rows,
             steps,
@@ -372,6 +378,15 @@ class Turn:
         layers, rest = self._layers_and_rest("thinker")
         (lm_head,) = self.machine.residency.component("lm_head")
         return Thinker(model.thinker, layers, rest, lm_head, model.embed_tokens, self.room.attempt)
+
+    def _stepping(self, component: str) -> Stepping:
+        """How a stage decodes: captured, where the device can and the cache is in the compute dtype."""
+        recorder = open_recorder(self.machine.device)
+        if recorder is None or self.room.plan.kv != "16bit":
+            return one_by_one
+        steps = CapturedSteps(recorder, partial(self.machine.residency.whereabouts, component))
+        self.room.before_moving(steps.drop)
+        return steps
 
     def _cache(self, decoder: Decoder, max_tokens: int) -> KVCache:
         return self.room.hold(partial(decoder.new_cache, max_tokens, self.machine.device, self.room.plan.kv))

@@ -8,7 +8,7 @@ from transformers import AttentionInterface
 
 from lowvram import attention
 from lowvram.attention import SLICE_POSITIONS, _with_lse, attend, explicit_attention
-from lowvram.kv_cache import Int8Heads, Int8KVCache
+from lowvram.kv_cache import Int8Heads, Int8KVCache, TailedHeads
 from lowvram.offload.meter import LiveBytes
 
 
@@ -159,6 +159,21 @@ def test_8_bits_keep_attention_within_what_their_rounding_explains(outlier: floa
     exact = masked(q, k, v, causal=True)
     error = attend(q, *in_8_bits(k, v), causal=True) - exact
     assert error.norm() / exact.norm() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("past", "seen", "tail"), [(0, 1, 1), (0, 3, 8), (1, 1, 8), (300, 8, 8), (300, 200, 256)])
+def test_a_tail_is_attended_to_as_far_as_its_bias_lets(dtype: torch.dtype, past: int, seen: int, tail: int):
+    """Two parts rounded to the compute dtype are averaged: within one rounding of attention over all at once."""
+    q, k, v = heads(1, past + tail, torch.float64, hq=6, hkv=2)
+    bias = torch.zeros(1, 1, 1, tail, dtype=dtype)
+    bias[..., seen:] = -torch.inf
+    parts = ([part.to(dtype) for part in (whole[:, :, :past], whole[:, :, past:])] for whole in (k, v))
+    tailed = [TailedHeads(*part, bias) for part in parts]
+    exact = masked(q, k[:, :, : past + seen], v[:, :, : past + seen], causal=False)
+    out = attend(q.to(dtype), *tailed, causal=True)
+    assert (out.dtype, out.shape) == (dtype, q.shape)
+    torch.testing.assert_close(out.double(), exact, atol=4 * torch.finfo(dtype).eps, rtol=0)
 
 
 class Watched(Int8Heads):

@@ -14,6 +14,7 @@ import av
 import pytest
 from media_files import numbered_frame, write_video
 
+from lowvram.offload.budget import Budget
 from lowvram.offload.meter import TRACKED_LIVE_TENSORS
 from lowvram.offload.profile import PLANNED, TRACED
 from lowvram.options import TALKER_SAMPLING, SamplingParams, SpeechParams
@@ -84,9 +85,14 @@ def test_an_error_is_one_sentence_and_its_exit_code(memory: ModuleType, demo: Pa
 
 
 @pytest.fixture(scope="module")
-def traced(memory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+def kept_trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `traced` keeps its rows."""
+    return tmp_path_factory.mktemp("traced") / "memory.json"
+
+
+@pytest.fixture(scope="module")
+def traced(memory: ModuleType, kept_trace: Path) -> tuple[str, dict[str, Any]]:
     """What a trace of the demo prints and keeps: one clip in a budget that is enough, and in one that is not."""
-    kept = tmp_path_factory.mktemp("traced") / "memory.json"
     options = (
         "--trace",
         "demo",
@@ -101,8 +107,8 @@ def traced(memory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tupl
         "--timeline",
     )
     with redirect_stdout(StringIO()) as printed:
-        assert memory.main([*options, "-o", str(kept)]) == 0
-    return printed.getvalue(), json.loads(kept.read_text(encoding="utf-8"))
+        assert memory.main([*options, "-o", str(kept_trace)]) == 0
+    return printed.getvalue(), json.loads(kept_trace.read_text(encoding="utf-8"))
 
 
 def test_planned_and_traced_peaks_are_two_columns_over_the_same_phases(traced: tuple[str, dict[str, Any]]):
@@ -119,7 +125,36 @@ def test_a_trace_keeps_its_timeline_and_the_card_says_that_nothing_was_measured(
 
 def test_a_budget_in_which_nothing_fits_is_a_row_that_says_so(traced: tuple[str, dict[str, Any]]):
     printed, kept = traced
-    assert "refused" in kept["rows"][1] and "1MiB  refused: phase" in printed
+    assert "refused" in kept["rows"][1] and "1MiB  16bit  refused: phase" in printed
+
+
+def test_a_trace_goes_on_where_its_file_ends(
+    memory: ModuleType, kept_trace: Path, traced: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "trace_turn", None)  # what is there is not traced again
+    again = ("--trace", "demo", "--seconds", "2", "--no-speech", "--resume", "-o", str(kept_trace))
+    with redirect_stdout(StringIO()):
+        assert memory.main([*again, "--budgets", "2GiB", "1MiB", "--kv", "16bit"]) == 0
+        assert memory.main([*again, "--budgets", "1MiB", "--kv", "int8"]) == 0
+    rows = json.loads(kept_trace.read_text(encoding="utf-8"))["rows"]
+    assert rows[:2] == traced[1]["rows"]
+    assert [row["kv"] for row in rows] == ["16bit", "16bit", "int8"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"card": {}, "rows": []}'])
+def test_rows_of_another_kind_are_not_gone_on_with(
+    memory: ModuleType, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "memory.json").write_text(text)
+    assert memory.main(["--trace", "demo", "--resume", "-o", str(tmp_path / "memory.json")]) == 2
+    assert "holds no rows to go on with" in capsys.readouterr().err
+
+
+def test_rows_of_another_question_are_not_gone_on_with(
+    memory: ModuleType, kept_trace: Path, traced: tuple[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+):
+    assert memory.main(["--trace", "demo", "--resume", "-o", str(kept_trace)]) == 2
+    assert "'speech': False" in capsys.readouterr().err
 
 
 def test_the_largest_storages_of_a_peak_are_listed_by_who_made_them(traced: tuple[str, dict[str, Any]]):
@@ -157,7 +192,7 @@ def test_the_run_for_a_card_can_be_gone_through_without_one(
 ):
     monkeypatch.setattr(gpu, "SAMPLING", SamplingParams(max_tokens=4, seed=1))
     monkeypatch.setattr(gpu, "SPEECH", SpeechParams(sampling=replace(TALKER_SAMPLING, max_tokens=24), steps=2))
-    kept, sections = tmp_path / "gpu.json", ("missing", "rates", "speed", "guest")
+    kept, sections = tmp_path / "gpu.json", ("missing", "races", "rates", "overhead", "graphs", "speed", "guest")
     with redirect_stdout(StringIO()):
         code = gpu.main(["--device", "cpu", "--weights", str(demo), "--only", *sections, "-o", str(kept)])
     results = json.loads(kept.read_text(encoding="utf-8"))
@@ -165,6 +200,20 @@ def test_the_run_for_a_card_can_be_gone_through_without_one(
     assert results["missing"]["needed"] == []
     assert results["guest"]["same_answer"] is True
     assert results["rates"]["device_read_and_write"] > 0
+    assert results["overhead"]["blocks"] > 2
+    assert results["graphs"]["alike_codes"] == {"one by one": 24, "fixed shapes": 24}
+    assert results["races"]["exit_code"] == 0 and "test_cuda.py: " in results["races"]["printed"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_card_is_asked_to_hold_is_a_question_that_can_be_asked(
+    gpu: ModuleType, memory: ModuleType, demo: Path, device: str
+):
+    """The card's own arguments are gone through as far as a machine without one can."""
+    chosen = memory._parser().parse_args(gpu.memory_arguments(gpu.Bench(device, demo)))
+    assert chosen.trace in memory.MODELS and chosen.json
+    assert all(Budget.of(budget).vram_bytes for budget in chosen.budgets)
+    assert (chosen.weights == str(demo)) is (device == "cuda")
 
 
 def test_a_section_that_fails_says_how_and_the_others_still_run(gpu: ModuleType, demo: Path):

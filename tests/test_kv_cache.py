@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowvram.errors import OptionError
-from lowvram.kv_cache import Int8Heads, Int8KVCache, KVCache, spreading_turn
+from lowvram.kv_cache import Int8Heads, Int8KVCache, KVCache, Stretch, spreading_turn
 from lowvram.offload.meter import LiveBytes
 from lowvram.options import Limits
 
@@ -219,3 +219,64 @@ def test_the_demo_answers_from_8_bits_and_does_so_again(demo: Path):
     first, second, exact = answer("int8"), answer("int8"), answer("16bit")
     assert (first.text_ids, first.codec_ids) == (second.text_ids, second.codec_ids)
     assert len(first.codec_ids) > 1 and first.text_ids == exact.text_ids
+
+
+def stretched(n_tokens: int = 3, filled: int = 2) -> tuple[KVCache, Stretch]:
+    """A cache of 6 whose memory was NaN, with some positions filled, and the stretch after them."""
+    kv = cache()
+    kv._stores[0].fill_(torch.nan)
+    for layer in (0, 1):
+        kv.update(torch.ones(1, 3, filled, 4), torch.ones(1, 3, filled, 4), layer)
+    return kv, kv.stretch(n_tokens)
+
+
+def test_a_stretch_writes_where_a_tensor_says():
+    kv, stretch = stretched()
+    key, value = torch.randn(2, 1, 3, 1, 4)
+    stretch.begin(torch.tensor([1]))
+    stretch.update(key, value, 1)
+    assert torch.equal(kv._stores[0][1, :, :, :, 3], torch.stack([key, value])[:, :, :, 0])
+    assert kv._stores[0][0, :, :, :, 2:5].count_nonzero() == 0
+
+
+def test_a_stretch_hides_what_comes_after_the_step():
+    _, stretch = stretched()
+    for slot in range(3):
+        stretch.begin(torch.tensor([slot]))
+        keys, _ = stretch.update(*torch.randn(2, 1, 3, 1, 4), 0)
+        assert keys.bias.flatten().tolist() == [0.0] * (slot + 1) + [-torch.inf] * (2 - slot)
+
+
+def test_what_a_stretch_hides_is_a_number():
+    _, stretch = stretched()
+    stretch.begin(torch.tensor([0]))
+    for heads in stretch.update(*torch.randn(2, 1, 3, 1, 4), 0):
+        assert (heads.past.shape[2], heads.tail.shape[2]) == (2, 3)
+        assert heads.past.isfinite().all() and heads.tail.isfinite().all()
+
+
+def test_rows_of_a_bias_begin_where_kernels_can_read_them():
+    _, stretch = stretched()
+    stretch.begin(torch.tensor([0]))
+    keys, _ = stretch.update(*torch.randn(2, 1, 3, 1, 4), 0)
+    assert keys.bias.stride()[:3] == (16, 16, 16)
+
+
+def test_a_stretch_ends_with_its_cache():
+    kv, stretch = stretched(n_tokens=100)
+    assert (stretch.start, stretch.stop) == (2, 6)
+    for goes_on in (True, True, True, False):
+        kv.advance()
+        assert kv.goes_on_in(stretch) == goes_on
+    with pytest.raises(AssertionError, match="no position is left after 6"):
+        kv.stretch(1)
+
+
+def test_a_stretch_ends_where_the_cache_moves_or_is_rewound_before_it():
+    kv, stretch = stretched()
+    kv.rewind(1)
+    assert not kv.goes_on_in(stretch)
+    kv.advance()
+    assert kv.goes_on_in(stretch)
+    kv.move(META)
+    assert not kv.goes_on_in(stretch)

@@ -14,7 +14,7 @@ from lowvram.profile_file import ProfileFile, write_profile
 
 PHASES = tuple(Phase(name, (name,), {name: Placement.PHASE}, GIB, 0, MIB, GIB) for name in ("visual", "thinker"))
 PLAN = Plan("cuda", 4 * GIB, PHASES, 900, 64, 0, 512, 64, 1, slack_bytes=MIB)
-TIMELINE = (Moment("see", GIB, 0, MIB), *[Moment("text", GIB, 0, 0)] * 99)
+TIMELINE = (Moment("see", "visual", GIB, 0, MIB), *[Moment("text", "thinker", GIB, 0, 0)] * 99)
 
 
 @pytest.fixture

@@ -44,11 +44,11 @@ THINK = Phase(
 )
 PLAN = Plan("cuda", 4 * GIB, (HEAR, THINK), 900, 64, 0, 512, 64, 1, slack_bytes=GIB // 2)
 TIMELINE = (
-    Moment("load", GIB, 0, 0),
-    Moment("see", GIB, 0, MIB),
-    Moment("load", 2 * GIB, 0, 0),
-    Moment("prefill", 2 * GIB, GIB, MIB),
-    Moment("text", 2 * GIB, GIB, 0),
+    Moment("load", "hear+see", GIB, 0, 0),
+    Moment("see", "hear+see", GIB, 0, MIB),
+    Moment("load", "think", 2 * GIB, 0, 0),
+    Moment("prefill", "think", 2 * GIB, GIB, MIB),
+    Moment("text", "think", 2 * GIB, GIB, 0),
 )
 PEAKS = {"hear+see": GIB + MIB, "think": 3 * GIB}
 CARD = {"device": "a card", "conditions": {"model": "demo", "clip": "clip.mp4"}}
@@ -98,7 +98,7 @@ def test_a_missing_file_and_one_that_is_no_text_are_refused(tmp_path: Path):
         ("peak_bytes", {TRACED: {"think": -1}}),
         ("peak_bytes", {TRACED: {"think": True}}),
         ("timeline", [{"label": "see"}]),
-        ("timeline", [{"label": "see", "weights_bytes": 1.5, "kv_bytes": 0, "activation_bytes": 0}]),
+        ("timeline", [{"label": "see", "phase": "", "weights_bytes": 1.5, "kv_bytes": 0, "activation_bytes": 0}]),
         ("card", {"device": ["a", "list"]}),
         ("card", None),
     ],
@@ -108,16 +108,20 @@ def test_a_damaged_profile_is_refused(traced: ProfileFile, field: str, value: An
         ProfileFile.from_json(json.loads(json.dumps(traced.to_json())) | {field: value})
 
 
-def test_loading_belongs_to_the_phase_whose_step_follows():
+def test_every_moment_is_shown_in_its_phase():
     shares = [(phase.name, [moment.label for moment in moments]) for phase, moments in split_by_phase(PLAN, TIMELINE)]
     assert shares == [("hear+see", ["load", "see"]), ("think", ["load", "prefill", "text"])]
 
 
-def test_a_word_that_is_shown_late_turns_no_phase_back():
-    sound = replace(THINK, name="sound", stages=("token2wav",))
-    late = (Moment("text", 1, 0, 0), Moment("sound", 1, 0, 0), Moment("text", 1, 0, 0))
-    shares = split_by_phase(replace(PLAN, phases=(THINK, sound)), late)
-    assert [(phase.name, len(moments)) for phase, moments in shares] == [("think", 1), ("sound", 2)]
+def test_phases_of_a_plan_that_came_in_between_count_to_the_one_before():
+    moments = [Moment("text", phase, 1, 0, 0) for phase in ("early", "hear+see", "see", "see", "think", "talk")]
+    shares = split_by_phase(PLAN, moments)
+    assert [(phase.name, len(moments)) for phase, moments in shares] == [("hear+see", 4), ("think", 2)]
+
+
+def test_weights_that_come_ahead_are_drawn_as_planned():
+    ahead = replace(PLAN, phases=(replace(HEAR, prefetch_bytes=7), THINK))
+    assert split_by_phase(ahead, ())[0][1][0].total_bytes == ahead.phases[0].peak_bytes
 
 
 def test_stairs_go_up_one_side_and_down_the_other():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from lowvram.room import Cancelled, Control, Room, is_out_of_memory
 
 CPU = torch.device("cpu")
 ROOMY = Budget(1000)
+STAGES = ("thinker", "talker")
 
 
 def plan_within(budget_bytes: int, *stages: str) -> Plan:
@@ -40,16 +42,28 @@ PLAN = Plan(
 
 
 class Shelf:
-    """Stands for a residency: keeps a diary of what it was told, and of trimming."""
+    """Stands for a residency: keeps a diary of what it was told, and of trimming; `following` is the phase of which
+    something may come ahead."""
 
     def __init__(self) -> None:
         self.diary: list[Any] = []
+        self.following: Phase | None = None
+
+    def here(self) -> Callable[[], AbstractContextManager[None]]:
+        return self._inside
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        self.diary.append("inside")
+        yield
+        self.diary.append("outside")
 
     def prepare(self, plan: Plan) -> None:
         self.diary.append(("plan", plan.budget_bytes))
 
-    def enter(self, phase: Phase) -> Iterator[tuple[int, int]]:
+    def enter(self, phase: Phase, following: Phase | None = None) -> Iterator[tuple[int, int]]:
         self.diary.append(("enter", phase.peak_bytes))
+        self.following = following
         yield phase.peak_bytes, phase.peak_bytes
 
     def make_way(self, phase: Phase) -> None:
@@ -74,12 +88,13 @@ class Cache:
         self.place = device
 
 
-def replan(budget: Budget, begun: tuple[str, ...]) -> Plan:
+def replan(budget: Budget, over: frozenset[str], begun: tuple[str, ...]) -> Plan:
     """Plans that need at least 10 bytes."""
     assert budget.vram_bytes is not None
     if budget.vram_bytes < 10:
         raise InfeasibleBudgetError("too little", needed_bytes=10)
-    return plan_within(budget.vram_bytes, *begun, "talker")
+    left = tuple(stage for stage in STAGES if stage not in (*over, *begun))
+    return plan_within(budget.vram_bytes, *begun, *left)
 
 
 class Turn:
@@ -87,10 +102,11 @@ class Turn:
 
     def __init__(self, device: torch.device = CPU) -> None:
         self.shelf, self.control = Shelf(), Control(ROOMY)
-        plan = plan_within(1000, "thinker", "talker")
+        plan = plan_within(1000, *STAGES)
         self.room = Room(self.shelf, device, self.shelf.trim, self.control, plan, replan)
         self.phases = self.room.phases()
         next(self.phases)
+        self.room.begin("thinker")
         self.shelf.diary.clear()
 
 
@@ -194,7 +210,7 @@ def test_a_plan_that_takes_over_goes_on_with_its_own_phases():
     turn = Turn()
     turn.control.set_budget(Budget(500))
     turn.room.attempt(lambda: None)
-    assert [phase.weights_bytes for phase in turn.phases] == [500]
+    assert [(phase.name, phase.weights_bytes) for phase in turn.phases] == [("talker", 500)]
 
 
 def test_a_released_room_is_empty_and_the_step_waits():
@@ -244,10 +260,121 @@ def test_a_stopped_turn_adapts_at_once():
     turn = Turn()
     turn.control.set_budget(Budget(500))
     turn.room.adapt()
-    assert turn.shelf.diary == [("plan", 500), ("enter", 500)]
+    assert turn.shelf.diary == ["inside", ("plan", 500), ("enter", 500), "outside"]
 
 
 def test_a_phase_finds_the_last_ones_weights_gone():
     turn = Turn()
     next(turn.phases)
     assert turn.shelf.diary == [("way", 1000)]
+
+
+def in_one_phase() -> Turn:
+    """A turn whose plan has both stages in one phase, loaded and not begun."""
+    turn = Turn()
+    plan = replace(turn.room.plan, phases=(replace(turn.room.phase, stages=STAGES),))
+    turn.room = Room(turn.shelf, CPU, turn.shelf.trim, turn.control, plan, replan)
+    turn.phases = turn.room.phases()
+    next(turn.phases)
+    return turn
+
+
+def test_a_stage_begins_in_its_own_phase_only():
+    turn = Turn()
+    assert not turn.room.begin("talker")
+    next(turn.phases)
+    assert turn.room.begin("talker")
+
+
+def test_stages_that_have_not_begun_are_cut_from_those_that_have():
+    turn = in_one_phase()
+    assert turn.room.begin("thinker")
+    turn.room.accept(Budget(500))
+    assert not turn.room.begin("talker")
+    assert [phase.stages for phase in turn.phases] == [("talker",)]
+
+
+def test_stages_that_have_begun_together_stay_together():
+    asked = []
+
+    def note(budget: Budget, over: frozenset[str], begun: tuple[str, ...]) -> Plan:
+        asked.append((over, begun))
+        return plan_within(500, "thinker", "talker")
+
+    turn = in_one_phase()
+    turn.room._replan_for = note
+    turn.room.accept(Budget(700))
+    for stage in STAGES:
+        turn.room._begun = (*turn.room._begun, stage)
+        turn.room.accept(Budget(600))
+    turn.room.end("thinker")
+    turn.room.accept(Budget(500))
+    turn.room.end("talker")
+    turn.room.accept(Budget(400))
+    assert asked == [
+        (frozenset(), ()),
+        (frozenset(), ("thinker",)),
+        (frozenset(), ("thinker", "talker")),
+        (frozenset({"thinker"}), ("talker",)),
+        (frozenset({"thinker"}), ("talker",)),  # a phase has at least the stage that began last
+    ]
+
+
+def test_a_phase_that_follows_begins_with_nothing_begun_and_all_before_it_over():
+    turn = Turn()
+    next(turn.phases)
+    turn.room.accept(Budget(500))
+    turn.room.attempt(lambda: None)
+    assert [phase.stages for phase in turn.room.plan.phases] == [("talker",)]
+
+
+def test_a_budget_that_is_too_small_is_refused_and_changes_nothing():
+    turn = Turn()
+    with pytest.raises(InfeasibleBudgetError):
+        turn.room.accept(Budget(5))
+    assert turn.control.budget is ROOMY
+    turn.room.attempt(lambda: None)
+    assert turn.room.plan.budget_bytes == 1000
+
+
+def test_no_stage_begins_while_a_budget_is_being_accepted():
+    """It was asked whether the rest can be cut: what begins meanwhile could not be any more."""
+    turn, asking, answer = in_one_phase(), threading.Event(), threading.Event()
+
+    def slow(budget: Budget, over: frozenset[str], begun: tuple[str, ...]) -> Plan:
+        if threading.current_thread() is other:
+            asking.set()
+            assert answer.wait(10)
+        return plan_within(500, "thinker", "talker")
+
+    turn.room._replan_for = slow
+    other = threading.Thread(target=lambda: turn.room.accept(Budget(500)), daemon=True)
+    other.start()
+    assert asking.wait(10)
+    threading.Timer(0.05, answer.set).start()
+    assert turn.room.begin("thinker")
+    assert turn.room.plan.budget_bytes == 500
+    other.join(10)
+
+
+def test_a_phase_is_entered_with_the_next_one_in_view_and_the_last_with_none():
+    turn = Turn()
+    turn.room.attempt(lambda: None)
+    assert turn.shelf.following == turn.room.plan.phases[1]
+    next(turn.phases)
+    turn.room.attempt(lambda: None)
+    assert turn.shelf.following is None
+
+
+def test_a_step_that_runs_out_lets_nothing_more_come_ahead():
+    turn = Turn()
+    turn.room.attempt(runs_out(1))
+    assert turn.shelf.following is None
+
+
+def test_what_came_ahead_is_no_measure_of_what_a_phase_needs():
+    turn = Turn()
+    turn.room.phase = replace(turn.room.phase, weights_bytes=800, prefetch_bytes=200)
+    turn.room.plan = replace(turn.room.plan, phases=(turn.room.phase, turn.room.plan.phases[1]))
+    turn.room.attempt(runs_out(2))
+    assert turn.room.plan.budget_bytes == 600

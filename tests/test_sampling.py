@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,19 +106,45 @@ def test_half_precision_logits_are_filtered_in_float32(dtype: torch.dtype):
 
 
 def test_a_draw_that_fails_is_as_if_it_had_not_been_tried(monkeypatch: pytest.MonkeyPatch):
-    params, logits = SamplingParams(temperature=1.0), torch.randn(50)
-    undisturbed = sampler(params)
-    disturbed = sampler(params)
-    draw = torch.multinomial
+    params, logits = replace(TALKER_SAMPLING, temperature=1.0), torch.randn(50)
+    undisturbed, disturbed = sampler(params), sampler(params)
+    for name in ("exponential_", "softmax", "argmax"):
 
-    def runs_out(*args: object, **options: object) -> torch.Tensor:
-        draw(*args, **options)
-        raise torch.OutOfMemoryError("no room")
+        def runs_out(*args: object, **options: object) -> torch.Tensor:
+            raise torch.OutOfMemoryError("no room")
 
-    with monkeypatch.context() as broken, pytest.raises(torch.OutOfMemoryError):
-        broken.setattr(torch, "multinomial", runs_out)
-        disturbed(logits)
-    assert [disturbed(logits) for _ in range(20)] == [undisturbed(logits) for _ in range(20)]
+        with monkeypatch.context() as broken, pytest.raises(torch.OutOfMemoryError):
+            broken.setattr(torch.Tensor, name, runs_out)
+            disturbed(logits)
+        assert [disturbed(logits) for _ in range(5)] == [undisturbed(logits) for _ in range(5)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_draws_are_those_of_torch_multinomial_with_the_same_seed(seed: int):
+    draw, generator = sampler(SamplingParams(temperature=1.0), seed=seed), torch.Generator().manual_seed(seed)
+    for _ in range(5):
+        logits = torch.randn(50) * 3
+        weights = draw.distribution(logits)
+        assert draw(logits) == int(torch.multinomial(weights, 1, generator=generator))
+
+
+@pytest.mark.parametrize("params", [TALKER_SAMPLING, SamplingParams(repetition_penalty=1.1)], ids=["drawn", "greedy"])
+def test_of_a_draw_only_its_result_is_waited_for(params: SamplingParams):
+    draw, logits = sampler(params, suppressed=[3]), torch.randn(50)
+    draw(logits)
+    with torch.autograd.profiler.profile() as profiled:  # sees what operators ask for inside, too
+        draw(logits)
+    asked = {event.key: event.count for event in profiled.key_averages()}
+    assert asked["aten::_local_scalar_dense"] == 1
+
+
+def test_choosing_changes_nothing_until_it_is_settled():
+    draw, logits = sampler(replace(TALKER_SAMPLING, repetition_penalty=5.0)), torch.randn(50)
+    draw.prepare()
+    chosen = {int(draw.choose(logits)) for _ in range(5)}
+    assert len(chosen) == 1
+    draw.prepare()
+    assert draw.settle(draw.choose(logits)) in chosen
 
 
 def test_a_recitation_says_its_ids_whatever_is_likely():

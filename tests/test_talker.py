@@ -1,11 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lowvram.flow import PromptEmbeds, ThinkerStep
 from lowvram.offload.plan import Phase, Placement
@@ -21,6 +25,8 @@ PROMPT_TOKENS = 6
 
 class Stage:
     """A talker with its weights in place, and a prompt and a reply of fixed random rows."""
+
+    params = GREEDY
 
     def __init__(self, omni: OmniRuntime) -> None:
         residency = omni._machine.residency
@@ -39,7 +45,7 @@ class Stage:
         prompt = PromptEmbeds(self.rows, torch.zeros(PROMPT_TOKENS, dtype=torch.bool), positions, PROMPT_TOKENS)
         ids = self.speech.codec_ids
         sampler = Sampler(
-            GREEDY,
+            self.params,
             vocab_size=len(self.speech.codec_embed),
             device=CPU,
             seed=0,
@@ -107,6 +113,43 @@ def test_the_end_row_and_the_pad_row_carry_speech_on(stage: Stage):
 
 def test_prompt_chunks_change_nothing(stage: Stage):
     assert list(stage.say(stage.steps(), chunk_tokens=2)) == list(stage.say(stage.steps()))
+
+
+class Fragile:
+    """A block of which every third use finds no room."""
+
+    def __init__(self, block: AbstractContextManager[nn.Module]) -> None:
+        self._block = block
+        self._uses = count(1)
+        self.failures = 0
+
+    def __enter__(self) -> nn.Module:
+        if next(self._uses) % 3 == 0:
+            self.failures += 1
+            raise torch.OutOfMemoryError("no room")
+        return self._block.__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        self._block.__exit__(*details)
+
+
+def tried_twice(step: Callable[[], Any], undo: Callable[[], object] = lambda: None) -> Any:
+    with suppress(torch.OutOfMemoryError):
+        return step()
+    undo()
+    return step()
+
+
+@pytest.mark.parametrize("part", ["the last layer", "the head"])
+def test_a_step_that_fails_midway_is_taken_again(stage: Stage, part: str):
+    stage.params = TALKER_SAMPLING
+    whole = list(stage.say(stage.steps()))
+    *layers, last = stage.talker.layers
+    fragile = Fragile(stage.talker.rest if part == "the head" else last)
+    parts = {"rest": fragile} if part == "the head" else {"layers": (*layers, fragile)}
+    stage.talker = replace(stage.talker, attempt=tried_twice, **parts)
+    assert list(stage.say(stage.steps())) == whole
+    assert fragile.failures > 3
 
 
 def test_a_reply_without_words_has_no_speech(stage: Stage):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -25,3 +26,10 @@ class Block(Protocol):
 
     def unbind(self) -> None:
         """Forget the run: the module's parameters hold no memory afterwards."""
+
+
+def empty_run(n_bytes: int, device: torch.device) -> Tensor:
+    """Memory for weights [n_bytes] uint8, that may be written in any of torch's modes: some steps are computed in
+    inference mode and some are not, and what was made in that mode can be written to in no other."""
+    with torch.inference_mode(False):
+        return torch.empty(n_bytes, dtype=torch.uint8, device=device)

@@ -90,7 +90,9 @@ class DecoderShape:
         head_bytes = self.head_dim * width_bytes if kv == "16bit" else self.head_dim + KV_SCALE_BYTES
         return 2 * self.layers * self.kv_heads * head_bytes
 
-    def activation_bytes(self, chunk_tokens: int, width_bytes: int, kv: KVPrecision = "16bit") -> int:
+    def activation_bytes(
+        self, chunk_tokens: int, width_bytes: int, kv: KVPrecision = "16bit", cache_tokens: int = KV_SLICE_TOKENS
+    ) -> int:
         """Prefill of a chunk, or a decode step (a chunk of one) with its logits, whichever is wider.
 
         Per token, all the time: the chunk's rows as they came (`input_size`), projected if they need to be (h), the
@@ -100,20 +102,22 @@ class DecoderShape:
         (4 x heads x d), keys and values (2 x KV heads x d), and the float32 copies that merge the results (3 x heads
         x d at 4 bytes). 7B thinker, 16 bit: 146.5 KiB, of which the three products are 111.
 
-        From an int8 cache attention reads slices of 2048 positions: one layer's keys and values (w each) and the
-        float32 of whichever is being scaled; beside them the norm, queries as they came and turned (2 x heads x d),
-        keys and values, and the sum of the slices so far (heads x d at 4 bytes). 7B: 8 MiB a slice.
+        From an int8 cache attention reads slices of 2048 positions, or of all `cache_tokens` where that is fewer: one
+        layer's keys and values (w each) and the float32 of whichever is being scaled; beside them the norm, queries as
+        they came and turned (2 x heads x d), keys and values, and the sum of the slices so far (heads x d at 4 bytes).
+        7B: 8 MiB a slice.
 
         The logits are drawn from in float32: penalized, sorted with their indices, summed up; about 48 bytes each.
         """
-        prefill_bytes = self._chunk_bytes(chunk_tokens, width_bytes, kv)
-        return max(prefill_bytes, self._chunk_bytes(1, width_bytes, kv) + 48 * self.vocab)
+        slice_tokens = min(KV_SLICE_TOKENS, cache_tokens) if kv == "int8" else 0
+        prefill_bytes = self._chunk_bytes(chunk_tokens, width_bytes, slice_tokens)
+        return max(prefill_bytes, self._chunk_bytes(1, width_bytes, slice_tokens) + 48 * self.vocab)
 
     def state_bytes(self, width_bytes: int) -> int:
         """What stays between steps: which ids were drawn (a byte for each there is) and the last position's row."""
         return self.vocab + self.hidden * width_bytes
 
-    def _chunk_bytes(self, chunk_tokens: int, width_bytes: int, kv: KVPrecision) -> int:
+    def _chunk_bytes(self, chunk_tokens: int, width_bytes: int, slice_tokens: int) -> int:
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         always = self.input_size + 2 * self.hidden + 2 * self.head_dim
         if self.input_size != self.hidden:
@@ -121,9 +125,9 @@ class DecoderShape:
         mlp = (2 * self.hidden + 3 * self.intermediate) * width_bytes
         merging = (self.hidden + 4 * queries + 2 * keys) * width_bytes + 3 * queries * 4
         widest = chunk_tokens * max(mlp, merging)
-        if kv == "int8":
+        if slice_tokens:
             reading = (self.hidden + 2 * queries + 2 * keys) * width_bytes + queries * 4
-            widest = max(widest, chunk_tokens * reading + KV_SLICE_TOKENS * keys * (2 * width_bytes + 4))
+            widest = max(widest, chunk_tokens * reading + slice_tokens * keys * (2 * width_bytes + 4))
         return chunk_tokens * (always * width_bytes + 3 * 8) + widest
 
 

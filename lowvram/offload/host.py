@@ -35,7 +35,7 @@ class HostCopies:
     @property
     def n_bytes(self) -> int:
         """Bytes of the host's copies now; they come one by one, as their blocks are first sent."""
-        return sum(pages.n_bytes for pages in self._copies.values())
+        return sum(pages.n_bytes for pages in list(self._copies.values()))  # one may be coming in another thread
 
     def prepare(self, tiers: Mapping[str, HostTier]) -> None:
         """Keep copies as `tiers` says from now on (block names to tiers, the file where none is named), and drop

@@ -42,7 +42,8 @@ class Meter(Protocol):
         """Inside, what is held counts towards the phase's peak; a phase met again keeps its highest."""
 
     def mark(self, label: str, weights_bytes: int, kv_bytes: int) -> None:
-        """A step named `label` is done, and of what is held now, so much is weights and so much KV caches."""
+        """A step named `label` of the phase is done, and of what is held now, so much is weights and so much KV
+        caches."""
 
 
 def open_meter(device: torch.device) -> Meter:
@@ -64,7 +65,9 @@ class Timeline:
     def moments(self) -> tuple[Moment, ...]:
         return tuple(self._moments)
 
-    def mark(self, label: str, weights_bytes: int, kv_bytes: int, *, peak_bytes: int, held_bytes: int) -> None:
+    def mark(
+        self, label: str, phase: str, weights_bytes: int, kv_bytes: int, *, peak_bytes: int, held_bytes: int
+    ) -> None:
         """Add a moment; `peak_bytes` is the most that was held since the last one.
 
         Where weights have moved meanwhile, nobody knows which of them the peak included: `held_bytes`, what is held
@@ -72,7 +75,8 @@ class Timeline:
         """
         top_bytes = peak_bytes if weights_bytes == self._weights_bytes else held_bytes
         self._weights_bytes = weights_bytes
-        self._add(Moment(label, weights_bytes, kv_bytes, max(0, top_bytes - weights_bytes - kv_bytes)))
+        activation_bytes = max(0, top_bytes - weights_bytes - kv_bytes)
+        self._add(Moment(label, phase, weights_bytes, kv_bytes, activation_bytes))
 
     def _add(self, moment: Moment) -> None:
         if self._marks % self._marks_per_moment:
@@ -143,7 +147,7 @@ class AllocatorMeter:
 
     def mark(self, label: str, weights_bytes: int, kv_bytes: int) -> None:
         peak_bytes, held_bytes = self._take_peak(), torch.cuda.memory_allocated(self._device)
-        self._timeline.mark(label, weights_bytes, kv_bytes, peak_bytes=peak_bytes, held_bytes=held_bytes)
+        self._timeline.mark(label, self._phase, weights_bytes, kv_bytes, peak_bytes=peak_bytes, held_bytes=held_bytes)
 
     def _take_peak(self) -> int:
         """The peak since it was last taken, which counts towards the phase."""
@@ -228,7 +232,8 @@ class LiveBytes(TorchDispatchMode):
 
     def mark(self, label: str, weights_bytes: int, kv_bytes: int) -> None:
         peak_bytes, self._peak_since_mark_bytes = self._peak_since_mark_bytes, self.live_bytes
-        self._timeline.mark(label, weights_bytes, kv_bytes, peak_bytes=peak_bytes, held_bytes=self.live_bytes)
+        phase = self._phases[-1] if self._phases else ""
+        self._timeline.mark(label, phase, weights_bytes, kv_bytes, peak_bytes=peak_bytes, held_bytes=self.live_bytes)
 
     def largest(self, phase: str) -> tuple[Held, ...]:
         """What was held at a phase's peak, largest first; empty unless `explain` was asked for."""

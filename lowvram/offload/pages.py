@@ -10,6 +10,7 @@ import weakref
 
 import torch
 
+from .block import empty_run
 from .streams import Streams
 
 
@@ -18,7 +19,7 @@ class HostPages:
 
     def __init__(self, n_bytes: int, streams: Streams) -> None:
         whole_bytes = -(-n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = torch.empty(whole_bytes + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
+        memory = empty_run(whole_bytes + mmap.PAGESIZE, torch.device("cpu"))
         start = -memory.data_ptr() % mmap.PAGESIZE
         self._pages = memory[start : start + whole_bytes]
         self._streams = streams

@@ -55,6 +55,8 @@ class Phase:
     Of a streamed component `kept_layers` layers (0 where it is not named) stay for the phase all the same, chosen by
     `evenly_spaced`, and so does its last block, which is no layer; the other `streamed_layers` pass through
     `STREAM_SLOTS` slots of their own (or one, for one layer), each the size of the largest of them.
+
+    So many as `prefetch_bytes` of the next phase's weights may come while this one computes: see `ahead`.
     """
 
     name: str
@@ -66,10 +68,11 @@ class Phase:
     traffic_bytes: int
     kept_layers: Mapping[str, int] = field(default_factory=dict)
     streamed_layers: Mapping[str, int] = field(default_factory=dict)
+    prefetch_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.activation_bytes
+        return self.weights_bytes + self.kv_bytes + self.activation_bytes + self.prefetch_bytes
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,8 @@ def _whereabouts(phase: Phase, width: int) -> list[str]:
     if by_place[Placement.RESIDENT]:
         only = len(by_place[Placement.RESIDENT]) == len(phase.placements)
         parts.append("all resident" if only else f"resident {', '.join(by_place[Placement.RESIDENT])}")
+    if phase.prefetch_bytes:
+        parts.append(f"{_gib(phase.prefetch_bytes)} GiB of the next phase come ahead")
     line = "; ".join(parts)
     return [line] if len(line) <= width else [line for part in parts for line in textwrap.wrap(part, width)]
 

@@ -7,10 +7,12 @@ stages that share the device; inside it they run as one pipe, across a boundary 
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from ..errors import InfeasibleBudgetError, OptionError
 from ..options import Limits
+from .ahead import with_prefetch
 from .budget import MIB, Budget
 from .footprint import Footprint
 from .placement import STREAM_SLOTS, HostTier, Phase, Placement, Plan, evenly_spaced
@@ -53,19 +55,20 @@ def plan_memory(
     turn: Turn,
     *,
     device: str = "cuda",
+    over: Set[str] = frozenset(),
     begun: tuple[str, ...] = (),
 ) -> Plan:
     """The best plan for `turn` that keeps within `budget`; without a VRAM budget, everything resident in one phase.
 
-    `begun` are the stages of a phase in progress, when what is left of a turn is planned anew: they become the first
-    phase, and stages before them, which are over, are left out. On a CPU device and host share the RAM budget.
+    When what is left of a turn is planned anew, stages that are `over` are left out, and those that have `begun`, if
+    any, become the first phase; what comes before them is over, too. On a CPU device and host share the RAM budget.
 
     Raises InfeasibleBudgetError, with the smallest budget that works and what giving something up would save, when
     none fits; OptionError when speech is asked of a checkpoint that has none.
     """
     if turn.codes and not footprint.speaks:
         raise OptionError("speech was asked for, but this checkpoint has no talker", hint="--no-speech")
-    task = _Task(Prices(footprint, limits, turn), device, begun)
+    task = _Task(Prices(footprint, limits, turn), device, over, begun)
     if budget.ram_bytes is not None and task.host_bytes > budget.ram_bytes:
         raise refuse_ram(turn, task.host_bytes, budget.ram_bytes)
     budget_bytes = task.device_budget_bytes(budget)
@@ -84,17 +87,18 @@ def smallest_budget_bytes(footprint: Footprint, limits: Limits, turn: Turn, *, d
 
 @dataclass(frozen=True)
 class _Task:
-    """A turn on a checkpoint and a device, or what is left of it from the stages `begun` on."""
+    """A turn on a checkpoint and a device, or what is left of it."""
 
     prices: Prices
     device: str
+    over: Set[str] = frozenset()
     begun: tuple[str, ...] = ()
 
     @property
     def stages(self) -> tuple[str, ...]:
-        stages = self.prices.turn.stages
-        left = stages[stages.index(self.begun[0]) :] if self.begun else stages
-        assert left[: len(self.begun)] == self.begun, (stages, self.begun)
+        left = tuple(stage for stage in self.prices.turn.stages if stage not in self.over)
+        left = left[left.index(self.begun[0]) :] if self.begun else left
+        assert left[: len(self.begun)] == self.begun, (left, self.begun)
         return left
 
     @property
@@ -135,7 +139,7 @@ class _Task:
         return Plan(
             device=self.device,
             budget_bytes=budget_bytes,
-            phases=phases_of(self.prices, choice),
+            phases=self._with_prefetch(phases_of(self.prices, choice)),
             prompt_tokens=turn.prompt_tokens,
             text_tokens=turn.text_tokens,
             codes=turn.codes,
@@ -151,6 +155,10 @@ class _Task:
             host_tiers=tiers,
             smallest_budget_bytes=self.smallest_budget_bytes,
         )
+
+    def _with_prefetch(self, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        """On a CPU weights are read by those who compute: nothing would be gained by doing it earlier."""
+        return phases if self.device.startswith("cpu") else with_prefetch(phases, self.prices.footprint.components)
 
 
 def phases_of(prices: Prices, choice: Choice) -> tuple[Phase, ...]:
@@ -192,5 +200,5 @@ def _refusal(task: _Task, budget_bytes: int) -> InfeasibleBudgetError:
     def needed_bytes(turn: Turn) -> int:
         return replace(task, prices=replace(prices, turn=turn)).smallest_budget_bytes
 
-    savings = [] if task.begun else suggestions(prices.turn, task.smallest_budget_bytes, needed_bytes)
+    savings = [] if task.over or task.begun else suggestions(prices.turn, task.smallest_budget_bytes, needed_bytes)
     return refuse_vram(prices.turn, binding, task.reserve_bytes, budget_bytes, savings)

@@ -204,15 +204,16 @@ class Prices:
                 return 1
 
     def kv_bytes(self, stage: str) -> int:
-        """The caches are allocated whole, for the longest answer allowed."""
-        turn, footprint = self.turn, self.footprint
-        if stage == "thinker":
-            tokens, shape = turn.prompt_tokens + turn.text_tokens, footprint.thinker
-        elif stage == "talker" and footprint.talker:
-            tokens, shape = turn.prompt_tokens + TALKER_FRAME_TOKENS + turn.codes, footprint.talker
-        else:
+        """The caches are allocated whole."""
+        shape = {"thinker": self.footprint.thinker, "talker": self.footprint.talker}.get(stage)
+        if shape is None:
             return 0
-        return tokens * shape.kv_bytes_per_token(footprint.width_bytes, turn.kv)
+        return self.cache_tokens(stage) * shape.kv_bytes_per_token(self.footprint.width_bytes, self.turn.kv)
+
+    def cache_tokens(self, stage: str) -> int:
+        """Positions of the thinker's or the talker's cache: the prompt and the longest answer allowed."""
+        turn = self.turn
+        return turn.prompt_tokens + (turn.text_tokens if stage == "thinker" else TALKER_FRAME_TOKENS + turn.codes)
 
     def activation_bytes(self, stage: str, chunk: int) -> int:
         """What a stage computes with at its widest point; stages of a phase take turns."""
@@ -223,11 +224,10 @@ class Prices:
                 return footprint.audio.activation_bytes(min(chunk, turn.audio_windows), width_bytes)
             case "visual":
                 return footprint.visual.activation_bytes(turn.patches_at_once(chunk), width_bytes)
-            case "thinker":
-                return footprint.thinker.activation_bytes(prefill_tokens, width_bytes, turn.kv)
-            case "talker":
-                assert footprint.talker
-                return footprint.talker.activation_bytes(prefill_tokens, width_bytes, turn.kv)
+            case "thinker" | "talker":
+                shape = footprint.thinker if stage == "thinker" else footprint.talker
+                assert shape
+                return shape.activation_bytes(prefill_tokens, width_bytes, turn.kv, self.cache_tokens(stage))
             case _:
                 assert footprint.sound
                 return footprint.sound.activation_bytes(chunk, turn.ode_evaluations)

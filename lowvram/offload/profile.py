@@ -23,10 +23,11 @@ KINDS = (PLANNED, TRACED, DEVICE_ALLOCATOR, TRACKED_LIVE_TENSORS)
 
 @dataclass(frozen=True)
 class Moment:
-    """What was held at one step of a turn, in bytes by kind. `activation_bytes` are all that is neither weights nor KV
-    cache, at its highest since the moment before."""
+    """What was held at one step of a turn, in bytes by kind, in the phase of that name. `activation_bytes` are all that
+    is neither weights nor KV cache, at its highest since the moment before."""
 
     label: str
+    phase: str
     weights_bytes: int
     kv_bytes: int
     activation_bytes: int

@@ -2,20 +2,22 @@
 
 A block's device copy is one run of bytes of which the module's parameters are views; offloading drops that run
 (weights are immutable: nothing is ever copied back). A stage enters a block to use it and never learns whether it was
-there, came for the phase, or came for this one use.
+there, came for the phase or ahead of it, or came for this one use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from .block import Block
+from .ahead import blocks_ahead, divide
+from .block import Block, empty_run
 from .host import HostCopies
-from .placement import STREAM_SLOTS, Phase, Placement, Plan, evenly_spaced
+from .placement import STREAM_SLOTS, Phase, Placement, Plan
+from .prefetch import Prefetch
 from .ring import Ring
 from .streams import Lane
 from .transfer import Transfer
@@ -59,8 +61,12 @@ class Residency:
         """By block, the bytes of those that stay for the phase or for good."""
         self._rings: dict[str, Ring] = {}
         """By block, the ring of those that pass through."""
+        self._prefetch: Prefetch | None = None
+        """What is coming for the next phase. It has the transfer for itself: to send anything else, end it first."""
         self._residents: frozenset[str] = frozenset()
         self._past_misses = 0
+        self.prefetched_bytes = 0
+        """Bytes of weights that came ahead of their phase, in all turns so far."""
         self._uses = {
             name: tuple(BlockUse(block, self._runs, self._rings) for block in blocks)
             for name, blocks in components.items()
@@ -70,19 +76,32 @@ class Residency:
         """The blocks of a component, for a stage to walk; empty for a component the checkpoint does not have."""
         return self._uses.get(name, ())
 
+    def whereabouts(self, component: str) -> tuple[int, ...] | None:
+        """Addresses of a component's blocks, if all of them stay there from one step to the next; else None."""
+        names = [block.name for block in self._components.get(component, ())]
+        if not self._runs.keys() >= set(names):
+            return None
+        return tuple(self._runs[name].data_ptr() for name in names)
+
+    def here(self) -> Callable[[], AbstractContextManager[object]]:
+        """Contexts for other threads that change placements: what comes then is ordered as if this thread did it."""
+        return self._streams.here()
+
     def prepare(self, plan: Plan) -> None:
         """Follow another plan on the host's side: copies of blocks that it does not want there are dropped."""
+        self._end_prefetch()
         self._copies.prepare(plan.host_tiers)
 
-    def enter(self, phase: Phase) -> Iterator[tuple[int, int]]:
+    def enter(self, phase: Phase, following: Phase | None = None) -> Iterator[tuple[int, int]]:
         """Make the device hold what the phase places there, yielding (bytes so far, bytes in all) per block loaded.
 
         A phase names all that it keeps, residents of other phases included. Whatever it does not name leaves first, so
-        that old and new never need the room together. May be broken off, or fail, at any block: what is there then
-        counts, and the next `enter` goes on from it. Raises CheckpointError and torch.OutOfMemoryError.
+        that old and new never need the room together. Once all is there, as much of the `following` phase begins to
+        come as this one lets. May be broken off, or fail, at any block: what is there then counts, and the next `enter`
+        goes on from it. Raises CheckpointError and torch.OutOfMemoryError.
         """
         self.make_way(phase)
-        staying, passing = self._divide(phase)
+        staying, passing = divide(phase, self._components)
         self._residents = frozenset(
             b.name for c, p in phase.placements.items() if p is Placement.RESIDENT for b in self._components.get(c, ())
         )
@@ -95,10 +114,12 @@ class Residency:
             load()
             done += block.n_bytes
             yield done, total
+        if following and (coming := blocks_ahead(phase, following, self._components)):
+            self._prefetch = Prefetch(coming, self._copies, self._streams, self._transfer.device)
 
     def make_way(self, phase: Phase) -> None:
         """Drop what the phase has no place for; `enter`, which does so too, is yet to come."""
-        staying, passing = self._divide(phase)
+        staying, passing = divide(phase, self._components)
         self._drop_all_but({block.name for block in staying}, passing)
 
     def leave(self) -> None:
@@ -114,8 +135,10 @@ class Residency:
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of weights on the device now, slots included."""
-        return sum(run.nbytes for run in self._runs.values()) + sum(ring.n_bytes for ring in self._open_rings())
+        """Bytes of weights on the device now, slots and what is coming included."""
+        coming_bytes = self._prefetch.n_bytes if self._prefetch else 0
+        rings_bytes = sum(ring.n_bytes for ring in self._open_rings())
+        return sum(run.nbytes for run in self._runs.values()) + rings_bytes + coming_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -127,19 +150,19 @@ class Residency:
         """How often a streamed block had to be fetched out of turn, because a walk had been broken off."""
         return self._past_misses + sum(ring.misses for ring in self._open_rings())
 
-    def _divide(self, phase: Phase) -> tuple[list[Block], list[tuple[Block, ...]]]:
-        """The blocks that stay for the phase, and those that pass through slots, by component."""
-        staying, passing = [], []
-        for component, placement in phase.placements.items():
-            blocks = tuple(self._components.get(component, ()))
-            streamed = _streamed(blocks, phase.kept_layers.get(component, 0)) if placement is Placement.STREAMED else ()
-            staying += [block for block in blocks if block not in streamed]
-            passing += [streamed] if streamed else []
-        return staying, passing
+    def _end_prefetch(self) -> None:
+        """What has come so far stays, like any other block, until a phase has no place for it."""
+        if self._prefetch is None:
+            return
+        for block, run in self._prefetch.take():
+            block.bind(run)
+            self._runs[block.name] = run
+            self.prefetched_bytes += block.n_bytes
+        self._prefetch = None  # only now: where an interrupt ended the wait, whoever leaves waits again
 
     def _onload(self, block: Block) -> None:
         """Bring a block to stay."""
-        run = torch.empty(block.n_bytes, dtype=torch.uint8, device=self._transfer.device)
+        run = empty_run(block.n_bytes, self._transfer.device)
         # The allocator may have handed out what a kernel still under way reads.
         self._streams.wait(Lane.COPY, self._streams.record(Lane.COMPUTE))
         try:
@@ -161,6 +184,7 @@ class Residency:
 
     def _drop_all_but(self, staying: Set[str], passing: Sequence[tuple[Block, ...]] = ()) -> None:
         """Take off the device what is neither to stay nor in a ring of exactly these blocks."""
+        self._end_prefetch()
         blocks = [b for blocks in self._components.values() for b in blocks if b.name in self._runs.keys() - staying]
         rings = [ring for ring in self._open_rings() if ring.blocks not in passing]
         for block in blocks:
@@ -173,12 +197,3 @@ class Residency:
                 del self._rings[block.name]
         if blocks or rings:
             self._transfer.trim()
-
-
-def _streamed(blocks: tuple[Block, ...], kept_layers: int) -> tuple[Block, ...]:
-    """Of a streamed component's blocks those that pass through slots: layers (the last block is none) that are not
-    kept. When no more are left than there are slots, they stay too: that takes no more room."""
-    layers = blocks[:-1]
-    kept = evenly_spaced(len(layers), kept_layers)
-    passing = tuple(layer for i, layer in enumerate(layers) if i not in kept)
-    return passing if len(passing) > STREAM_SLOTS else ()

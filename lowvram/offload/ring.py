@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from .block import Block
+from .block import Block, empty_run
 from .host import HostCopies
 from .streams import Event, Lane, Streams
 
@@ -47,7 +47,7 @@ class Ring:
         self._copies = copies
         self._streams = streams
         slot_bytes = max(block.n_bytes for block in blocks)
-        runs = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(n_slots)]
+        runs = [empty_run(slot_bytes, device) for _ in range(n_slots)]
         free = streams.record(Lane.COMPUTE)  # the allocator may have handed out what a kernel still under way reads
         self._slots = deque(_Slot(run, free) for run in runs)
         """In the order of their next use, those without a block first."""

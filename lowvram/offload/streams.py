@@ -6,8 +6,11 @@ waits for the whole device. Where host and device share their memory there is no
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import Enum
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +50,13 @@ class Streams(Protocol):
     def host_wait(self, event: Event) -> None:
         """Return once `event` has been reached."""
 
+    def here(self) -> Callable[[], AbstractContextManager[object]]:
+        """Contexts for other threads: inside, they compute in the same stream as this thread does now."""
+
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Do `work`, which reads files and issues copies, while the caller goes on. The result, called, returns once it
+        is done, and raises what it raised."""
+
     def lock_pages(self, pages: Tensor) -> bool:
         """Page-lock host memory [n] uint8, so that copies from it need not pass through the driver's own buffers;
         False if that is refused."""
@@ -78,6 +88,13 @@ class InOrder:
     def host_wait(self, event: Event) -> None:
         pass
 
+    def here(self) -> Callable[[], AbstractContextManager[object]]:
+        return nullcontext
+
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        return lambda: None
+
     def lock_pages(self, pages: Tensor) -> bool:
         return False
 
@@ -88,8 +105,8 @@ class InOrder:
 class CudaStreams:
     """A CUDA device's current stream for computing, and one of our own for copies.
 
-    Weights that stay are ordered before the stream that was current when they came: whoever calls later does so with
-    the same one, as all threads do that never chose another.
+    Weights that stay are ordered before the stream that was current when they came. Who changes placements from another
+    thread does so in a context from `here`; who asks for an answer's next event has not chosen another stream since.
     """
 
     apart = True
@@ -109,6 +126,12 @@ class CudaStreams:
 
     def host_wait(self, event: Event) -> None:
         event.synchronize()
+
+    def here(self) -> Callable[[], AbstractContextManager[object]]:
+        return partial(torch.cuda.stream, self._stream(Lane.COMPUTE))
+
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        return in_a_thread(work)
 
     def lock_pages(self, pages: Tensor) -> bool:
         with torch.cuda.device(self._device):
@@ -131,3 +154,11 @@ class CudaStreams:
         with suppress(RuntimeError):
             torch.ones(1, device=self._device)
         return False
+
+
+def in_a_thread(work: Callable[[], None]) -> Callable[[], None]:
+    """Start `work` in a thread that ends with it; the result, called, waits for it and raises what it raised."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="lowvram-prefetch")
+    done = thread.submit(work)
+    thread.shutdown(wait=False)
+    return done.result

@@ -6,8 +6,9 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -89,6 +90,11 @@ class Watch(TorchDispatchMode):
     def host_wait(self, event: int) -> None:
         if self._obeyed():
             self._detector._handle_event_synchronization(event)
+
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """In order, as far as the host is concerned: the lanes are what is watched."""
+        work()
+        return lambda: None
 
     def lock_pages(self, pages: torch.Tensor) -> bool:
         return True
@@ -207,6 +213,19 @@ def turn(watch: Watch, layers: int = 5, kept: int = 1, breaks: Sequence[int] = (
         residency.prepare(plan(talker=HostTier.PINNED))
         check("talker")
         residency.release()
+        for tiers in (plan(), plan(thinker=HostTier.PINNED, talker=HostTier.PAGEABLE)):
+            residency.prepare(tiers)
+            asking = replace(phase(head=Placement.PHASE), prefetch_bytes=10**6)
+            thinking = phase({"thinker": 2}, thinker=Placement.STREAMED, talker=Placement.PHASE)
+            list(residency.enter(asking, thinking))
+            check("head")
+            list(residency.enter(thinking))
+            check("thinker")
+            check("talker")
+            list(residency.enter(asking, thinking))
+            list(residency.enter(asking))  # what came ahead goes unused
+            check("head")
+        residency.release()
         residency.prepare(plan())
         next(residency.enter(phase(head=Placement.PHASE, talker=Placement.STREAMED)))
         list(residency.enter(phase(talker=Placement.PHASE)))
@@ -237,6 +256,8 @@ def test_leaving_out_any_single_wait_is_a_race():
     assert {function for function, _ in watch.sites} == {
         "HostCopies.drop",
         "HostCopies.prepare",
+        "Prefetch.__init__",
+        "Prefetch.take",
         "Residency._onload",
         "Ring.begin",
         "Ring.close",

@@ -234,9 +234,12 @@ def test_prefill_of_a_7b_is_planned_as_its_wide_mlp_runs():
     assert 1 <= planned / peak_bytes(run) < 1.05
 
 
-@pytest.mark.parametrize(("kv", "tokens"), [("16bit", 1024), ("int8", 4096)])
-def test_prefill_of_a_narrow_mlp_is_planned_as_its_attention_runs(kv: KVPrecision, tokens: int):
-    """The thinker's own loop and attention on the CPU, where merging two parts in float32 is the widest point."""
+@pytest.mark.parametrize(
+    ("kv", "tokens", "loosest"), [("16bit", 1024, 1.15), ("int8", 1024, 1.3), ("int8", 4096, 1.15)]
+)
+def test_prefill_of_a_narrow_mlp_is_planned_as_its_attention_runs(kv: KVPrecision, tokens: int, loosest: float):
+    """The thinker's own loop and attention on the CPU, where merging two parts in float32 is the widest point. With
+    fewer positions than a slice of an int8 cache has, the newest are read apart, and so not twice as planned."""
     attention.register()
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -257,8 +260,8 @@ def test_prefill_of_a_narrow_mlp_is_planned_as_its_attention_runs(kv: KVPrecisio
         for _ in prefill(thinker, prompt, cache, chunk_tokens=lambda: 256, talker_rows=None, device=CPU):
             pass
 
-    planned = shape.activation_bytes(256, 2, kv) + tokens * shape.kv_bytes_per_token(2, kv)
-    assert 1 <= planned / peak_bytes(run, "cpu") < 1.15
+    planned = shape.activation_bytes(256, 2, kv, tokens) + tokens * shape.kv_bytes_per_token(2, kv)
+    assert 1 <= planned / peak_bytes(run, "cpu") < loosest
 
 
 def test_seeing_is_planned_as_the_vision_layers_run():

@@ -173,7 +173,7 @@ def test_an_explained_peak_lists_what_was_held_then_and_who_made_it():
 
 def test_a_moment_has_the_highest_since_the_one_before_less_what_is_known():
     ledger = LiveBytes()
-    with ledger:
+    with ledger, ledger.phase("think"):
         weights = torch.zeros(KIB_OF_FLOATS)
         ledger.mark("load", 1024, 0)
         torch.zeros(3 * KIB_OF_FLOATS)
@@ -181,16 +181,16 @@ def test_a_moment_has_the_highest_since_the_one_before_less_what_is_known():
         ledger.mark("prefill", 1024, 2048)
         ledger.mark("text", 1024, 2048)
     assert ledger.timeline == (
-        Moment("load", 1024, 0, 0),
-        Moment("prefill", 1024, 2048, 1024),
-        Moment("text", 1024, 2048, 0),
+        Moment("load", "think", 1024, 0, 0),
+        Moment("prefill", "think", 1024, 2048, 1024),
+        Moment("text", "think", 1024, 2048, 0),
     ), (weights.shape, cache.shape)
 
 
 def test_where_weights_have_moved_what_is_held_now_stands_for_the_peak():
     timeline = Timeline()
-    timeline.mark("load", 700, 0, peak_bytes=900, held_bytes=710)
-    timeline.mark("see", 700, 0, peak_bytes=900, held_bytes=710)
+    timeline.mark("load", "see", 700, 0, peak_bytes=900, held_bytes=710)
+    timeline.mark("see", "see", 700, 0, peak_bytes=900, held_bytes=710)
     assert [moment.activation_bytes for moment in timeline.moments] == [10, 200]
 
 
@@ -198,7 +198,7 @@ def test_where_weights_have_moved_what_is_held_now_stands_for_the_peak():
 def test_a_timeline_stays_short_and_keeps_its_highest(peaks: list[int]):
     timeline = Timeline()
     for peak_bytes in peaks:
-        timeline.mark("text", 0, 0, peak_bytes=peak_bytes, held_bytes=0)
+        timeline.mark("text", "think", 0, 0, peak_bytes=peak_bytes, held_bytes=0)
     totals = [moment.total_bytes for moment in timeline.moments]
     assert len(totals) <= MOST_MOMENTS and max(totals) == max(peaks)
 
@@ -206,7 +206,7 @@ def test_a_timeline_stays_short_and_keeps_its_highest(peaks: list[int]):
 def test_moments_that_are_merged_stay_in_order_and_evenly_spaced():
     timeline = Timeline()
     for n in range(3 * MOST_MOMENTS):
-        timeline.mark(str(n), 0, 0, peak_bytes=n, held_bytes=0)
+        timeline.mark(str(n), "think", 0, 0, peak_bytes=n, held_bytes=0)
     order = [int(moment.label) for moment in timeline.moments]
     assert order == list(range(3, 3 * MOST_MOMENTS, 4))
 

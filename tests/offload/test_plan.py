@@ -404,3 +404,27 @@ def test_any_phase_in_progress_can_go_on_within_what_it_needs_and_no_less(
     assert tuple(stage for phase in plan.phases for stage in phase.stages) == turn.stages[first:]
     with pytest.raises(InfeasibleBudgetError):
         plan_memory(seven_b, Budget(refused.value.needed_bytes - 1), LIMITS, turn, begun=begun)
+
+
+def test_stages_that_are_over_are_left_out_and_what_has_not_begun_is_cut_as_its_room_allows(seven_b: Footprint):
+    heard = frozenset({"audio_tower", "visual"})
+    names = [[phase.name for phase in planned(seven_b, gib, over=heard).phases] for gib in (6, 12, 24)]
+    assert names == [["think", "talk", "sound"], ["think", "talk+sound"], ["think+talk+sound"]]
+
+
+def test_a_stage_between_two_that_have_begun_may_be_over(seven_b: Footprint):
+    """Speech may end before the text does, while sound is still to be made of it."""
+    plan = planned(seven_b, 24, over=frozenset({"talker"}), begun=("thinker", "token2wav"))
+    assert [phase.stages for phase in plan.phases] == [("thinker", "token2wav")]
+
+
+# What comes ahead of its phase
+
+
+def test_on_a_card_the_next_phase_comes_while_one_computes_and_no_peak_rises(seven_b: Footprint):
+    """The encoders of a clip need less room than the thinker that follows."""
+    ahead, alone = planned(seven_b, 8), planned(seven_b, 8, device="cpu")
+    assert ahead.phases[0].prefetch_bytes > GIB
+    assert ahead.peak_bytes - RESERVE_BYTES <= 8 * GIB - RESERVE_BYTES
+    assert max(p.peak_bytes for p in ahead.phases) == max(p.peak_bytes - p.prefetch_bytes for p in ahead.phases)
+    assert not any(phase.prefetch_bytes for phase in alone.phases)

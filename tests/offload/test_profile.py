@@ -47,7 +47,7 @@ def test_json_names_every_kind(profile: MemoryProfile):
 
 
 def test_a_profile_has_the_timeline_of_what_was_counted_last(profile: MemoryProfile):
-    moments = (Moment("prefill", weights_bytes=100, kv_bytes=20, activation_bytes=3),)
+    moments = (Moment("prefill", "think", weights_bytes=100, kv_bytes=20, activation_bytes=3),)
     traced = profile.add(TRACED, {"see": 1}, moments)
     assert profile.timeline == ()
     assert traced.add(DEVICE_ALLOCATOR, {"see": 2}).timeline == moments

@@ -140,8 +140,9 @@ class Everything:
             case "token2wav":
                 return 1, checkpoint.sound.activation_bytes(turn.speech_chunk_codes, turn.ode_evaluations), 0
         steps, framing = (turn.text_tokens, 0) if stage == "thinker" else (turn.codes, 2)
-        prefilling = checkpoint.thinker.activation_bytes(read, 2, turn.kv)
-        return rows + steps, prefilling, (turn.prompt_tokens + framing + steps) * per_token
+        positions = turn.prompt_tokens + framing + steps
+        prefilling = checkpoint.thinker.activation_bytes(read, 2, turn.kv, positions)
+        return rows + steps, prefilling, positions * per_token
 
     def moved_once(self, cut: tuple[tuple[str, ...], ...], picks: dict[str, Pick], budget_bytes: int) -> int | None:
         """With the best choice of components that stay for good; None if not even none of them fits."""

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
-from toy_blocks import Shelf, expected, phase, stack
+from toy_blocks import Shelf, expected, phase, stack, walk
 
 from lowvram.offload.pages import HostPages
 from lowvram.offload.placement import HostTier, Placement, Plan
 from lowvram.offload.residency import Residency
-from lowvram.offload.streams import CudaStreams, Lane, open_streams
+from lowvram.offload.streams import CudaStreams, InOrder, Lane, in_a_thread, open_streams
 from lowvram.offload.transfer import Transfer
 
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
@@ -23,6 +25,45 @@ def streams() -> Iterator[CudaStreams]:
 @pytest.mark.parametrize(("device", "apart"), [("cpu", False), ("meta", False), ("lazy", True)])
 def test_only_a_device_with_memory_of_its_own_is_apart(device: str, apart: bool):
     assert open_streams(torch.device(device)).apart is apart
+
+
+def test_work_beside_is_done_when_its_result_is_called_and_raises_what_it_raised():
+    told = threading.Event()
+    in_a_thread(told.set)()
+    assert told.is_set()
+    with pytest.raises(ZeroDivisionError):
+        in_a_thread(lambda: 1 // 0)()
+
+
+def test_where_all_is_in_order_work_beside_is_done_at_once():
+    done: list[bool] = []
+    InOrder(apart=True).beside(lambda: done.append(True))
+    assert done
+
+
+@needs_card
+def test_another_thread_computes_in_the_stream_of_the_one_that_let_it(streams: CudaStreams):
+    with torch.cuda.stream(torch.cuda.Stream()):
+        ours, here = torch.cuda.current_stream(), streams.here()
+    with here():
+        assert torch.cuda.current_stream() == ours
+    assert torch.cuda.current_stream() != ours
+
+
+@needs_card
+def test_weights_that_came_in_a_thread_are_seen_with_their_own_bytes(streams: CudaStreams):
+    shelf, device = Shelf(), torch.device("cuda", torch.cuda.current_device())
+    transfer = Transfer(shelf, device, streams, staging_bytes=1 << 20)
+    widths = {"visual": [1 << 10], "thinker": [1 << 20] * 8}
+    residency = Residency({name: stack(shelf, transfer, name, some) for name, some in widths.items()}, transfer)
+    see = replace(phase(visual=Placement.PHASE), prefetch_bytes=1 << 30)
+    think = phase(thinker=Placement.PHASE)
+    for _ in range(10):
+        list(residency.enter(see, think))
+        list(residency.enter(think))
+        seen = walk(residency.component("thinker"))
+        assert seen == [expected("thinker", i) for i in range(8)]
+    residency.release()
 
 
 @needs_card

@@ -141,6 +141,32 @@ def test_a_budget_accepted_in_the_last_step_of_a_phase_is_kept_in_the_next(host:
     assert question.answer(omni).says(on_cpu["spoken"])
 
 
+def is_encoding(event: Event) -> bool:
+    return isinstance(event, Progress) and event.stage in ("hear", "see")
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["by its owner", "by a game"])
+@pytest.mark.parametrize("nth", [0, 1])
+def test_a_turn_planned_as_one_phase_is_cut_as_long_as_it_encodes(
+    host: Host, on_cpu: Mapping[str, Answer], asked: bool, nth: int
+):
+    """To the least that the turn could have been planned for: what has not begun need not share the card."""
+    question, omni, encoded = QUESTIONS["spoken"], host.omni, count()
+    plan, refusals = question.plan(omni), host.card.refusals
+    least_bytes = plan.smallest_budget_bytes
+    assert least_bytes is not None and len(plan.phases) == 1
+
+    def shrink(event: Event) -> None:
+        if is_encoding(event) and next(encoded) == nth:
+            if asked:
+                omni.set_budget(least_bytes)
+            host.set_capacity(least_bytes)
+
+    assert disturbed(question.ask(omni), shrink).says(on_cpu["spoken"])
+    assert next(encoded) > nth
+    assert asked is (host.card.refusals == refusals)
+
+
 def test_releasing_and_resuming_twice_is_once(host: Host, on_cpu: Mapping[str, Answer]):
     question = QUESTIONS["in text alone"]
 
