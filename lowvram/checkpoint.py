@@ -30,6 +30,7 @@ DEMO = "demo"
 
 MODEL_TYPE = "qwen2_5_omni"
 INDEX_FILE = "model.safetensors.index.json"
+SPEAKERS_FILE = "spk_dict.pt"
 
 MAX_HEADER_BYTES = 100_000_000
 """The bound safetensors itself sets, so that a foreign file's first 8 bytes cannot ask for all memory."""
@@ -108,7 +109,7 @@ class Checkpoint:
     @property
     def speakers_path(self) -> Path:
         """The voices, see `load_speakers`. A checkpoint that does not speak has no such file."""
-        return self.folder / "spk_dict.pt"
+        return self.folder / SPEAKERS_FILE
 
 
 def open_checkpoint(
@@ -119,10 +120,7 @@ def open_checkpoint(
     `revision` and `on_progress` concern hub ids. Raises CheckpointError for a model that cannot be found or fetched,
     is not a Qwen2.5-Omni, or whose files are missing, damaged or contradict one another.
     """
-    folder = local_folder(model)
-    if folder is not None and revision is not None:
-        raise OptionError(f"revision {revision} has no effect on the folder {model}", hint="leave it out")
-    folder = folder or hub.download(str(model), revision, on_progress)
+    folder = find_folder(model, revision, on_progress)
     config = read_config(folder / "config.json", model)
     generation = folder / "generation_config.json"
     return Checkpoint(
@@ -132,6 +130,16 @@ def open_checkpoint(
         generation=_read_json(generation) if generation.exists() else {},
         tensors=read_tensors(folder),
     )
+
+
+def find_folder(
+    model: str | Path, revision: str | None, on_progress: hub.OnProgress | None, *, weights: bool = True
+) -> Path:
+    """The folder of `model`: itself, or the shared cache's, with its weights downloaded or only what tells of them."""
+    folder = local_folder(model)
+    if folder is not None and revision is not None:
+        raise OptionError(f"revision {revision} has no effect on the folder {model}", hint="leave it out")
+    return folder or hub.download(str(model), revision, on_progress, weights=weights)
 
 
 def read_config(path: Path, model: str | Path) -> dict[str, Any]:

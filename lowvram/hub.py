@@ -18,7 +18,7 @@ from .errors import CheckpointError
 OnProgress = Callable[[int, int | None], None]
 """Called with (bytes so far, bytes in all or None), from the threads that download."""
 
-WANTED_FILES = (
+SMALL_FILES = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
@@ -32,33 +32,36 @@ WANTED_FILES = (
     "chat_template.jinja",
     "spk_dict.pt",
     "model.safetensors.index.json",
-    "*.safetensors",
 )
+WEIGHTS = "*.safetensors"
 UNWANTED_FILES = ("*/*",)
 """Subfolders: the hub's patterns let `*` cross a slash."""
 
 
-def download(model_id: str, revision: str | None, on_progress: OnProgress | None) -> Path:
+def download(model_id: str, revision: str | None, on_progress: OnProgress | None, *, weights: bool = True) -> Path:
     """Fetch what is missing of `model_id` at `revision` (None: its default branch) and return its folder.
+
+    Without `weights`, only of the small files that tell what it is.
 
     Without network the cached copy is used if it is complete. Raises CheckpointError when there is no such model or
     revision, when it is gated, when the hub cannot be reached and the cache does not help, and when the disk is full.
     """
     from huggingface_hub import snapshot_download
 
+    wanted = [*SMALL_FILES, WEIGHTS] if weights else [*SMALL_FILES]
     with hub_errors(model_id, revision):
-        missing_bytes = _require_room(model_id, revision)
+        missing_bytes = _require_room(model_id, revision, wanted)
         folder = snapshot_download(
             model_id,
             revision=revision,
-            allow_patterns=list(WANTED_FILES),
+            allow_patterns=wanted,
             ignore_patterns=list(UNWANTED_FILES),
             tqdm_class=silent_bar(on_progress, missing_bytes),
         )
     return Path(folder)
 
 
-def _require_room(model_id: str, revision: str | None) -> int | None:
+def _require_room(model_id: str, revision: str | None, wanted: list[str]) -> int | None:
     """Bytes still to download, after checking that the disk takes them; None when the hub cannot be asked."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import DryRunError
@@ -67,7 +70,7 @@ def _require_room(model_id: str, revision: str | None) -> int | None:
         files = snapshot_download(
             model_id,
             revision=revision,
-            allow_patterns=list(WANTED_FILES),
+            allow_patterns=wanted,
             ignore_patterns=list(UNWANTED_FILES),
             tqdm_class=silent_bar(None, None),
             dry_run=True,

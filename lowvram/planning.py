@@ -7,9 +7,20 @@ only the headers are read.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from .checkpoint import DEMO, Headers, local_folder, open_checkpoint, quantization_of, stored_dtype
+from .checkpoint import (
+    DEMO,
+    Headers,
+    find_folder,
+    local_folder,
+    open_checkpoint,
+    quantization_of,
+    read_config,
+    stored_dtype,
+)
 from .errors import OptionError
+from .hub import OnProgress
 from .offload.budget import Budget
 from .offload.footprint import Footprint, read_footprint
 from .offload.plan import Plan, Turn, plan_memory
@@ -61,6 +72,14 @@ def find_headers(model: str | Path, revision: str | None = None) -> Headers:
         return _of_folder(model_id, cached, "the headers in the hub's cache")
     shipped = shipped_headers(model_id) if revision is None else None
     return shipped or fetch_headers(model_id, revision)
+
+
+def find_description(
+    model: str, revision: str | None = None, on_progress: OnProgress | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of `model` with everything in it but, perhaps, its weights, and its config. Raises CheckpointError."""
+    folder = _demo() if model == DEMO else find_folder(model, revision, on_progress, weights=False)
+    return folder, read_config(folder / "config.json", model)
 
 
 def _of_folder(name: str, folder: Path, origin: str) -> Headers:

@@ -42,6 +42,13 @@ except CheckpointError as error:
     print(json.dumps({"error": str(error)}))
 """
 
+DESCRIBE = """
+import json, sys
+from lowvram.planning import find_description
+folder, config = find_description(sys.argv[1])
+print(json.dumps({"files": sorted(path.name for path in folder.iterdir()), "config": config}))
+"""
+
 
 @dataclass
 class FakeHub:
@@ -144,6 +151,12 @@ def test_a_download_fetches_what_is_needed_reports_it_and_then_serves_offline(hu
 
     again = open_in_process(tmp_path, "owner/omni", HF_HUB_OFFLINE="1")
     assert (again["files"], again["progress"]) == (first["files"], [])
+
+
+def test_what_tells_of_a_model_is_fetched_without_its_weights(hub, tmp_path):
+    told = open_in_process(tmp_path, "owner/omni", script=DESCRIBE, HF_ENDPOINT=hub.url)
+    assert told == {"files": ["config.json", "spk_dict.pt", "tokenizer.json"], "config": {"model_type": "qwen2_5_omni"}}
+    assert hub.sent_bytes["model.safetensors"] == 0
 
 
 def test_a_file_that_is_lost_is_all_that_is_fetched_again(hub, tmp_path):

@@ -87,13 +87,26 @@ def pack_awq(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     out_features, in_features = weight.shape
     stored_layout(in_features, out_features, group_size)
-    groups = weight.float().reshape(out_features, -1, group_size)
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scales = ((high - low) / MAX_NIBBLE).clamp(min=SMALLEST_SCALE).half()
-    step = scales.float()
-    zeros = (-low / step).round().clamp(0, MAX_NIBBLE)
-    q = ((groups / step.unsqueeze(-1)).round() + zeros.unsqueeze(-1)).clamp(0, MAX_NIBBLE)
+    q, zeros, scales = _round_in_groups(weight, group_size)
     return pack_columns(q.flatten(1).int()), pack_columns(zeros.int()), scales.t().contiguous()
+
+
+def fake_quantize(weight: Tensor, group_size: int) -> Tensor:
+    """`weight` [N, K] as it will be once stored, in float32: bit for bit what `unpack_awq` makes of `pack_awq`."""
+    q, zeros, scales = _round_in_groups(weight, group_size)
+    return q.sub_(zeros.unsqueeze(-1)).mul_(scales.float().unsqueeze(-1)).flatten(1)
+
+
+def _round_in_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`weight` [N, K] -> numbers 0..15 [N, K/G, G], zero points 0..15 [N, K/G], both float32, and steps [N, K/G] in
+    float16: numbers count from zero points in the steps that are stored, not in those before rounding."""
+    groups = weight.float().unflatten(1, (-1, group_size))
+    low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
+    scales = ((high - low) / MAX_NIBBLE).clamp_(min=SMALLEST_SCALE).half()
+    step = scales.float()
+    zeros = (-low / step).round_().clamp_(0, MAX_NIBBLE)
+    q = (groups / step.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, MAX_NIBBLE)
+    return q, zeros, scales
 
 
 def unpack_columns(words: Tensor) -> Tensor:

@@ -1,0 +1,56 @@
+"""Final hidden states of several models on the same tokens -> how far their next words agree.
+
+The output head is read a slice of its rows at a time, so that neither it nor the logits of a whole vocabulary need be
+in memory: sums over the vocabulary are carried along, as a streamed softmax does it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .options import Agreement
+
+SLICE_LOGITS = 2**23
+"""Logits at once, of all models and tokens together: 64 MiB in float64."""
+
+
+class HeadComparison:
+    """Compares models by their final hidden states [M, n, H] float32 (after the norm), the first being the standard.
+
+    `add` all rows of the output head, in order; then ask for `agreements`.
+    """
+
+    def __init__(self, hidden: Tensor) -> None:
+        self._hidden = hidden
+        models_and_tokens = hidden.shape[:2]
+        self._lse = torch.full(models_and_tokens, -torch.inf, dtype=torch.float64, device=hidden.device)
+        self._difference = torch.zeros_like(self._lse)
+        self._largest = torch.full_like(self._lse, -torch.inf)
+        self._likeliest = torch.zeros(models_and_tokens, dtype=torch.int64, device=hidden.device)
+        self._seen = 0
+
+    @property
+    def slice_rows(self) -> int:
+        """How many rows to add at a time."""
+        return max(1, SLICE_LOGITS // self._lse.numel())
+
+    def add(self, rows: Tensor) -> None:
+        """The head's next rows [v, H] float32."""
+        logits = (self._hidden @ rows.t()).double()
+        before = self._lse[0]
+        self._lse = torch.logaddexp(self._lse, logits.logsumexp(-1))
+        probability = (logits[0] - self._lse[0].unsqueeze(-1)).exp_()
+        # The mean of differences in logits under the first model's probabilities, as far as those are known.
+        self._difference *= (before - self._lse[0]).exp()
+        self._difference += (probability * (logits[0] - logits)).sum(-1)
+        largest, index = logits.max(-1)
+        self._likeliest = torch.where(largest > self._largest, index + self._seen, self._likeliest)
+        self._largest = torch.maximum(largest, self._largest)
+        self._seen += len(rows)
+
+    def agreements(self) -> list[Agreement]:
+        """Of every model but the first with the first."""
+        kl = (self._difference - self._lse[0] + self._lse).clamp(min=0).mean(-1).cpu().tolist()
+        top1 = (self._likeliest == self._likeliest[0]).double().mean(-1).cpu().tolist()
+        return [Agreement(*pair) for pair in zip(kl, top1, strict=True)][1:]

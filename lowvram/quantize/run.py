@@ -1,0 +1,395 @@
+"""The walk that quantizes: layer by layer, straight from the 16-bit checkpoint's files to the new one's.
+
+One layer is on the device at a time, in float32; calibration rows wait in a file between layers. Every layer sees what
+the 16-bit layers before it hand on, as with AutoAWQ, so that its scales do not make up for the errors of others. A run
+that is stopped goes on after its last finished layer, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import INDEX_FILE, Checkpoint, TensorHeader, TensorReader, open_checkpoint, read_config, stored_dtype
+from ..checkpoint_writer import (
+    stored_pieces,
+    tensor_bytes,
+    whole_file,
+    write_index,
+    write_json,
+    write_shard,
+)
+from ..device import Device, choose_dtype
+from ..errors import BudgetExceededError, CheckpointError, OptionError
+from ..events import Progress
+from ..hub import OnProgress
+from ..model import EMBED_TOKENS, LM_HEAD, OmniModel, build_model
+from ..offload.budget import format_bytes
+from ..offload.residency import Residency
+from ..offload.transfer import TORCH_DTYPE
+from ..preprocess import Preprocessor
+from ..quant.layer import LayerQuantizer, round_to_nearest
+from ..quant.recipe import LINEARS, quantization_config
+from ..quant.reference import ReferenceBackend
+from .agreement import HeadComparison
+from .layout import layer_prefix, plan_layout
+from .options import LAYERS, Agreement, LayerReport, QuantizeOptions, QuantizeReport
+from .rows import QUANTIZED, ROUNDED, SIXTEEN_BIT, TRACKS, HeldOut, Samples
+from .samples import Block, Embedder, Run, choose_blocks, embedded_blocks, gather_runs, phase_with
+from .state import Unfinished, require_new_or_unfinished, require_room
+
+RECIPE = 1
+"""Raise it when the same options begin to give other bytes, so that no run is finished differently than it began."""
+
+REPORT_FILE = "quantize_report.json"
+
+CALIBRATION, HELD_OUT = "calibration", "held_out"
+
+ROW_DTYPE = {CALIBRATION: torch.bfloat16, HELD_OUT: torch.float32}
+"""Of rows between two layers: the 16-bit model hands on no more either; but what is compared is not to be rounded."""
+
+ROW_TRACKS = {CALIBRATION: 1, HELD_OUT: TRACKS}
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx", INDEX_FILE)
+"""Weights of the source in any format: they would contradict the new ones."""
+
+GO_ON = "once there is room, the same command goes on where it stopped"
+
+Event = Progress | LayerReport | QuantizeReport
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    options: QuantizeOptions,
+    *,
+    device: Device,
+    on_download: OnProgress | None = None,
+) -> Iterator[Event]:
+    """Write the checkpoint `source` (16 bit; a folder or a hub id) into the folder `target`, its thinker in 4 bits.
+
+    Yields progress, a report for each layer (those of an unfinished run that it continues, too) and one for the whole.
+    Closing the iterator stops the run; with the same arguments it goes on later.
+
+    Raises CheckpointError for a source that cannot be read, is quantized already or computes what is not a number,
+    UnsupportedQuantError for groups that do not divide its linears, OptionError for a target that holds something else,
+    a disk that is too small or too little to calibrate on, MediaError for media that cannot be used, and
+    BudgetExceededError where the device runs out.
+    """
+    checkpoint = open_checkpoint(source, on_progress=on_download)
+    _refuse_quantized(checkpoint)
+    with (
+        _out_of_room_told(target, device),
+        TensorReader() as reader,
+        _skeleton(checkpoint, reader, device, torch.float32) as model,
+    ):
+        yield from _Quantization(checkpoint, reader, model, Path(target).expanduser(), options, device).run()
+
+
+class _Quantization:
+    """One run, from whatever has been done of it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        reader: TensorReader,
+        model: OmniModel,
+        target: Path,
+        options: QuantizeOptions,
+        device: Device,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._tensors = checkpoint.tensors
+        self._reader = reader
+        self._model = model
+        self._target = target
+        self._options = options
+        self._device = device
+        self._state = Unfinished(target)
+        self._width = model.embed_tokens.width
+        *layers, rest = model.components["thinker"]
+        self._layer_names = [block.stored_names for block in layers]
+        headers = {name: TensorHeader(entry.dtype, entry.shape) for name, entry in self._tensors.items()}
+        self._layout = plan_layout(headers, self._layer_names, options.group_size)
+        self._names = [block.name for block in (*layers, rest)]
+        # Each block a component of its own, so that it can be on the device alone.
+        self._residency = Residency({block.name: (block,) for block in (*layers, rest)}, model.transfer)
+
+    @torch.inference_mode()
+    def run(self) -> Iterator[Event]:
+        self._open_target()
+        yield from self._copy_others()
+        yield from self._embed_samples()
+        calibrated, held_out = self._samples(CALIBRATION), self._samples(HELD_OUT)
+        reports = []
+        for index in range(len(self._layer_names)):
+            if self._state.read(f"layer-{index}") is None:
+                yield from self._quantize_layer(index, calibrated, held_out)
+            yield Progress(LAYERS, index + 1, len(self._layer_names), "layers")
+            reports.append(LayerReport(**self._state.read(f"layer-{index}")))
+            yield reports[-1]
+        report = self._report(reports, calibrated, held_out)
+        self._finish(report)
+        yield report
+
+    def _open_target(self) -> None:
+        """Make the folder, or recognize it as ours. What is wrong is said before anything is written."""
+        require_new_or_unfinished(self._target)
+        require_room(self._target, self._layout.file_bytes + self._rows_bytes(), self._checkpoint.name)
+        self._target.mkdir(parents=True, exist_ok=True)
+        self._state.open_run(self._record())
+
+    def _rows_bytes(self) -> int:
+        """Of the rows before a layer and after it, at most: held-out ones are an eighth as many as calibrated ones."""
+        row_bytes = self._width * (ROW_DTYPE[CALIBRATION].itemsize + TRACKS * ROW_DTYPE[HELD_OUT].itemsize / 8)
+        return round(2 * self._options.samples * self._options.sample_tokens * row_bytes)
+
+    def _record(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        headers = [(e.name, e.dtype, e.shape, e.path.name, e.offset, e.file_bytes) for e in self._tensors.values()]
+        told = json.dumps([self._published_config(), headers], sort_keys=True)
+        options = asdict(self._options) | {"calibrate": [str(Path(p).absolute()) for p in self._options.calibrate]}
+        weights = hashlib.sha256(told.encode()).hexdigest()[:16]
+        return {"recipe": RECIPE, "weights": weights, "device": self._device.torch.type, **options}
+
+    def _published_config(self) -> dict[str, Any]:
+        """Read anew: the modelling library writes into what it is given."""
+        return read_config(self._checkpoint.folder / "config.json", self._checkpoint.name)
+
+    def _copy_others(self) -> Iterator[Progress]:
+        """Copy every tensor that stays as it is."""
+        done, total = 0, self._layout.copied_bytes
+        for file, tensors in self._layout.copied.items():
+            if (self._target / file).exists():
+                done += sum(header.n_bytes for header in tensors.values())
+                continue
+            for n_bytes in write_shard(self._target / file, tensors, self._pieces):
+                done += n_bytes
+                yield Progress("copy", done, total, "bytes")
+
+    def _pieces(self, name: str) -> Iterator[memoryview]:
+        return stored_pieces(self._reader, self._tensors[name])
+
+    def _embed_samples(self) -> Iterator[Progress]:
+        """Turn texts and media into the rows that the first layer reads."""
+        if self._state.read(HELD_OUT) is not None:
+            return
+        options = self._options
+        preprocessor = Preprocessor(self._checkpoint.folder, self._checkpoint.config)
+        runs = gather_runs(preprocessor, options.calibrate, seed=options.seed)
+        choice = choose_blocks(
+            [run.length for run in runs],
+            samples=options.samples,
+            sample_tokens=options.sample_tokens,
+            seed=options.seed,
+        )
+        with self._embedding_model(len(runs) > 1) as model, Embedder(model, self._device.torch) as embedder:
+            yield from self._embed(CALIBRATION, embedder, runs, choice.calibrated)
+            yield from self._embed(HELD_OUT, embedder, runs, choice.held_out)
+
+    def _embedding_model(self, with_media: bool) -> AbstractContextManager[OmniModel]:
+        """Encoders compute in 16 bit, as for an answer: in float32 they would take twice the room."""
+        if not with_media:
+            return nullcontext(self._model)
+        dtype = choose_dtype("auto", self._device.torch, stored_dtype(self._checkpoint.config))
+        return _skeleton(self._checkpoint, self._reader, self._device, dtype)
+
+    def _embed(self, kind: str, embedder: Embedder, runs: Sequence[Run], blocks: Sequence[Block]) -> Iterator[Progress]:
+        tokens = sum(block.length for block in blocks)
+        positions = torch.empty(3, tokens, dtype=torch.int64, device="cpu")
+        done = 0
+        with self._state.writing_rows(f"{kind}-0", self._width, ROW_DTYPE[kind]) as rows:
+            for start, embeds, places in embedded_blocks(embedder, runs, blocks):
+                _require_finite(embeds, "the encoders or the embedding table")
+                positions[:, start : start + len(embeds)] = places
+                for track in range(ROW_TRACKS[kind]):
+                    rows.write(track * tokens + start, embeds)
+                done += len(embeds)
+                yield Progress(f"embed {kind.replace('_', '-')} samples", done, tokens, "tokens")
+        lengths = [block.length for block in blocks]
+        self._state.keep(kind, {"lengths": lengths, "positions": positions.tolist()})
+
+    def _samples(self, kind: str) -> Samples:
+        kept = self._state.read(kind)
+        positions = torch.tensor(kept["positions"], device="cpu")
+        return Samples(tuple(kept["lengths"]), positions, self._model.thinker.rotary, self._device.torch)
+
+    def _quantize_layer(self, index: int, calibrated: Samples, held_out: Samples) -> Iterator[Progress]:
+        """Quantize a layer, write its file, and take the rows past it."""
+        with ExitStack() as stack:
+            layer = stack.enter_context(self._on_device(self._names[index]))
+            (rows, next_rows), held_rows = (
+                [stack.enter_context(opened) for opened in self._row_files(kind, index)]
+                for kind in (CALIBRATION, HELD_OUT)
+            )
+            judged = HeldOut(held_out, layer, *held_rows)
+            quantizer = LayerQuantizer(layer, self._options.group_size, self._float_dtypes(index))
+            stage, total = f"layer {index + 1} of {len(self._layer_names)}", 2 * calibrated.tokens
+            for start, chunk in calibrated.chunks(rows):
+                output = quantizer.observe(chunk).flatten(0, 1)
+                _require_finite(output, layer_prefix(index).rstrip("."))
+                next_rows.write(start, output)
+                yield Progress(stage, start + len(output), total, "tokens")
+            rounded_error = self._judge_rounded(judged)
+            for start, chunk in calibrated.chunks(rows):
+                quantizer.weigh(chunk)
+                yield Progress(stage, calibrated.tokens + start + chunk.tokens, total, "tokens")
+            quantizer.scale()
+            tensors = quantizer.round()
+            report = LayerReport(index, rounded_error, judged.error())
+            judged.advance(QUANTIZED)
+        self._keep_layer(report, tensors)
+
+    def _judge_rounded(self, judged: HeldOut) -> float:
+        judged.advance(SIXTEEN_BIT)
+        rounded = round_to_nearest(judged.layer, self._options.group_size)
+        judged.advance(ROUNDED, rounded)
+        return judged.error(rounded)
+
+    def _keep_layer(self, report: LayerReport, tensors: dict[str, Tensor]) -> None:
+        """Once its report is kept a layer is done, and the rows that it read are not needed again."""
+        index, prefix = report.layer, layer_prefix(report.layer)
+        file, headers = list(self._layout.layers.items())[index]
+        for _ in write_shard(
+            self._target / file, headers, lambda name: [tensor_bytes(tensors[name.removeprefix(prefix)])]
+        ):
+            pass
+        self._state.keep(f"layer-{index}", asdict(report))
+        for kind in (CALIBRATION, HELD_OUT):
+            self._state.forget_rows(f"{kind}-{index}")
+
+    @contextmanager
+    def _on_device(self, name: str) -> Iterator[nn.Module]:
+        """A block's weights in float32, alone on the device; whatever is done to them there is forgotten."""
+        for _ in self._residency.enter(phase_with(name)):
+            pass
+        (use,) = self._residency.component(name)
+        try:
+            with use as module:
+                yield module
+        finally:
+            self._residency.leave()
+
+    def _row_files(self, kind: str, index: int) -> tuple[Any, Any]:
+        """Rows before a layer, to be read, and after it, to be written."""
+        before = self._state.rows(f"{kind}-{index}", self._width, ROW_DTYPE[kind])
+        return before, self._state.writing_rows(f"{kind}-{index + 1}", self._width, ROW_DTYPE[kind])
+
+    def _float_dtypes(self, index: int) -> dict[str, torch.dtype]:
+        """Stored dtypes of what stays in floating point in a layer, by path."""
+        prefix = layer_prefix(index)
+        paths = (name.removeprefix(prefix) for name in self._layer_names[index])
+        return {
+            path: TORCH_DTYPE[self._tensors[prefix + path].dtype]
+            for path in paths
+            if path.removesuffix(".weight") not in LINEARS
+        }
+
+    def _report(self, layers: Sequence[LayerReport], calibrated: Samples, held_out: Samples) -> QuantizeReport:
+        rounded, quantized = self._agreements(held_out)
+        return QuantizeReport(
+            model=_name_only(self._checkpoint.name),
+            options=replace(self._options, calibrate=tuple(map(_name_only, self._options.calibrate))),
+            calibration_tokens=calibrated.tokens,
+            held_out_tokens=held_out.tokens,
+            layers=tuple(layers),
+            rounded=rounded,
+            quantized=quantized,
+            weights_bytes=self._layout.file_bytes,
+        )
+
+    def _agreements(self, held_out: Samples) -> list[Agreement]:
+        """How far the next words after held-out tokens agree with those of the model in 16 bit."""
+        device = self._device.torch
+        with (
+            self._on_device(self._names[-1]) as rest,
+            self._state.rows(f"{HELD_OUT}-{len(self._layer_names)}", self._width, ROW_DTYPE[HELD_OUT]) as rows,
+        ):
+            hidden = rest.get_submodule("norm")(rows.read(0, TRACKS * held_out.tokens).to(device))
+        comparison = HeadComparison(hidden.view(TRACKS, -1, self._width))
+        for head in self._head_rows(comparison.slice_rows):
+            comparison.add(head.to(device).float())
+        return comparison.agreements()
+
+    def _head_rows(self, n: int) -> Iterator[Tensor]:
+        """The output head, `n` rows at a time, as stored; a model without one shares its embedding table."""
+        entry = self._tensors.get(LM_HEAD) or self._tensors[EMBED_TOKENS]
+        vocab_size, width = entry.shape
+        for start in range(0, vocab_size, n):
+            rows = torch.empty(min(n, vocab_size - start), width, dtype=TORCH_DTYPE[entry.dtype], device="cpu")
+            self._reader.read_into(entry, tensor_bytes(rows), start * entry.n_bytes // vocab_size)
+            yield rows
+
+    def _finish(self, report: QuantizeReport) -> None:
+        """Write what makes a folder of shards a checkpoint, its config.json last."""
+        for path in sorted(self._checkpoint.folder.iterdir()):
+            if path.is_file() and path.name != "config.json" and not path.name.endswith(WEIGHT_SUFFIXES):
+                with open(path, "rb") as original, whole_file(self._target / path.name) as copy:
+                    shutil.copyfileobj(original, copy)
+        write_index(self._target, self._layout.shards)
+        write_json(self._target / REPORT_FILE, report.to_json())
+        config = self._published_config() | {"quantization_config": quantization_config(self._options.group_size)}
+        write_json(self._target / "config.json", config)
+        self._state.discard()
+
+
+@contextmanager
+def _skeleton(checkpoint: Checkpoint, reader: TensorReader, device: Device, dtype: torch.dtype) -> Iterator[OmniModel]:
+    """The checkpoint's skeletons, to be filled in `dtype`."""
+    model = build_model(
+        checkpoint, reader, device=device.torch, dtype=dtype, backend=ReferenceBackend("nothing is quantized yet")
+    )
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+@contextmanager
+def _out_of_room_told(target: str | Path, device: Device) -> Iterator[None]:
+    """Errors of the disk that is written to and of the device; what cannot be read has its own."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"{error.filename or target} cannot be written: {error.strerror}", hint=GO_ON) from error
+    except torch.OutOfMemoryError as error:
+        raise BudgetExceededError(
+            f"{device.title} ran out of memory, of which {format_bytes(device.free_bytes)} were free",
+            phase="quantize",
+            available_bytes=device.free_bytes,
+            hint=f"close what else uses it; {GO_ON}",
+        ) from error
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    if checkpoint.quantization:
+        method = checkpoint.quantization.get("quant_method", "a method without a name")
+        raise CheckpointError(
+            f"{checkpoint.name} is quantized already, by {method} in {checkpoint.quantization.get('bits', '?')} bits",
+            path=str(checkpoint.folder),
+            hint="name the 16-bit checkpoint that it was made from",
+        )
+
+
+def _name_only(source: str) -> str:
+    """A file or folder without where it lies, which is nobody else's business; a hub id as it is."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
+
+
+def _require_finite(rows: Tensor, where: str) -> None:
+    broken = int((~rows.isfinite().all(-1)).sum())
+    if broken:
+        raise CheckpointError(
+            f"{where} gave no finite numbers for {broken} of {len(rows)} calibration tokens",
+            hint="the weights are damaged, or something given with --calibrate is",
+        )
