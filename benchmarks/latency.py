@@ -1,11 +1,12 @@
 """How soon speech sounds and what it costs: every mode and solver beside the reference's way, at the true size.
 
-    python benchmarks/latency.py [--codes 150] [--tiny] [--json] [-o results/latency.json]
+    python benchmarks/latency.py [--codes 150] [--tiny] [--json] [-o results/latency.json] [--picture latency.png]
 
 token2wav alone, with random weights of the published shapes: codes cost nothing and are there when they are asked for,
 so seconds are the decoder's own. Minutes on a CPU. Beside the wavefront and its kin stand the whole utterance by the
 reference itself (RK4, 36 evaluations), by Euler's rule, and in chunks of 48 codes that see 24 before and 12 after them
-(the authors' low-memory mode); all errors are against the whole Euler decode.
+(the authors' low-memory mode); all errors are against the whole Euler decode. `--picture` draws each way's error over
+the codes that its first sound waits for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, product
@@ -33,10 +34,12 @@ from transformers.utils import logging
 from lowvram.demo import DemoSize
 from lowvram.demo.config import MEL_BINS, SPEAKER_WIDTH, TINY, omni_config
 from lowvram.demo.weights import Stored, draw
+from lowvram.errors import BackendError
 from lowvram.offload.meter import LiveBytes
 from lowvram.options import MODES, SpeechParams
+from lowvram.token2wav.conditioning import Speaker, condition
 from lowvram.token2wav.ode import time_grid
-from lowvram.token2wav.stream import Speaker, decode_speech
+from lowvram.token2wav.stream import decode_speech
 from lowvram.token2wav.vocoder import StreamingVocoder
 from lowvram.token2wav.windows import CODES_PER_SECOND, MEL_FRAMES_PER_CODE
 
@@ -44,6 +47,9 @@ PARAMS = SpeechParams(seed=0)
 SEED = 0
 SOLVERS = ("euler", "ab2")
 """Those that take 9 evaluations; RK4's 36 are measured as the reference takes them."""
+
+COLOURS = {True: "#3f6fa3", False: "#b3401f"}
+"""Ours, and others' ways."""
 
 CHUNK_CODES, BEFORE_CODES, AFTER_CODES = 48, 24, 12
 
@@ -86,11 +92,11 @@ def some_speaker() -> Speaker:
 
 
 def streamed(model: Any, codes: Sequence[int], params: SpeechParams) -> Pieces:
-    """Our way."""
-    arriving = iter(codes)
-    blocks = nullcontext(model.code2wav_dit_model), nullcontext(model.code2wav_bigvgan_model)
-    for heard, piece in enumerate(decode_speech(arriving, *blocks, some_speaker(), params, seed=SEED), start=1):
-        yield min(heard, len(codes)), piece
+    """Our way, in a voice that is new."""
+    dit, bigvgan = nullcontext(model.code2wav_dit_model), nullcontext(model.code2wav_bigvgan_model)
+    voice = condition(dit, some_speaker(), params)
+    for arrived, piece in enumerate(decode_speech(iter(codes), dit, bigvgan, voice, params, seed=SEED), start=1):
+        yield min(arrived, len(codes)), piece
 
 
 @torch.no_grad()
@@ -204,6 +210,38 @@ def table(results: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
+def draw_errors(results: Sequence[Measured], card: Mapping[str, Any], output: Path) -> None:
+    """Error against the whole Euler decode over the seconds of speech that must be known before the first sound, as a
+    PNG: of the ways that solve by Euler's rule, so that it is the mode's error. Raises BackendError without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BackendError(
+            "pictures need matplotlib, which is not installed",
+            backend="matplotlib",
+            reason=str(error),
+            hint='pip install "lowvram[plots]"',
+        ) from error
+    figure = Figure(figsize=(7.2, 4.6), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    axes.set_yscale("log")
+    axes.set_xlabel("speech that must be known before the first sound, seconds")
+    axes.set_ylabel("error of the sound, relative to decoding it whole")
+    conditions = card["conditions"]
+    axes.set_title(f"Euler's rule, size {conditions['size']}, {conditions['codes']} codes", fontsize=10)
+    shown = sorted((one for one in results if one.way.endswith("euler") and one.error), key=lambda one: one.first_codes)
+    for index, one in enumerate(shown):
+        point = one.first_codes / CODES_PER_SECOND, one.error
+        axes.plot(*point, marker="o", color=COLOURS[one.way.startswith(MODES)], clip_on=False)
+        beside = (6, 6) if index % 2 else (6, -13)  # neighbours' names would overlap
+        axes.annotate(one.way.removesuffix(", euler"), point, textcoords="offset points", xytext=beside, fontsize=9)
+    axes.set_xlim(left=0, right=1.25 * shown[-1].first_codes / CODES_PER_SECOND)
+    axes.margins(y=0.15)
+    axes.grid(visible=True, which="major", alpha=0.3)
+    figure.savefig(output, format="png")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and keep the result if asked; returns the exit code."""
     parser = argparse.ArgumentParser(description="Latency, work, memory and error of every way to decode speech.")
@@ -213,8 +251,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a toy's sizes in place of the published ones")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("-o", "--output", type=Path, help="keep the JSON in this file, too")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw error over latency (needs matplotlib)")
+    parser.add_argument("--result", type=Path, metavar="FILE.json", help="draw and print this result, measure nothing")
     chosen = parser.parse_args(arguments)
     logging.set_verbosity_error()
+    result = json.loads(chosen.result.read_text(encoding="utf-8")) if chosen.result else measure_all(chosen)
+    if chosen.output:
+        write_result(chosen.output, result)
+    results = [Measured(**one) for one in result["ways"]]
+    if chosen.picture:
+        draw_errors(results, result["card"], chosen.picture)
+    print(json.dumps(result) if chosen.json else "\n".join([*card_lines(result["card"]), "", table(results)]))
+    return 0
+
+
+def measure_all(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The card and every way that was chosen."""
     size = TINY if chosen.tiny else SIZE_7B
     codes = torch.randint(0, size.codes, (chosen.codes,), generator=torch.Generator().manual_seed(SEED)).tolist()
     results = compare(load(size), codes, chosen.modes, chosen.solvers)
@@ -228,11 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chunk_s=PARAMS.chunk_s,
         timing="while live tensors are tracked",
     )
-    result = {"card": card, "ways": [asdict(one) for one in results]}
-    if chosen.output:
-        write_result(chosen.output, result)
-    print(json.dumps(result) if chosen.json else "\n".join([*card_lines(card), "", table(results)]))
-    return 0
+    return {"card": card, "ways": [asdict(one) for one in results]}
 
 
 if __name__ == "__main__":

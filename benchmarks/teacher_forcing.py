@@ -124,10 +124,10 @@ def say(omni: OmniRuntime, words: str, codes: Sequence[int] | None = None, *, ma
     sampling = SamplingParams(max_tokens=len(reply))
     speech = SpeechParams(sampling=replace(TALKER_SAMPLING, max_tokens=max_codes, seed=seed), seed=seed)
     messages = [{"role": "user", "content": f"{RECITING}\n\n{words}"}]
+    voice = omni._choose_voice(speech)
     with omni.preprocessor.open(messages, MediaParams(), omni.limits) as prompt:
-        workload = omni._workload(prompt.shape, sampling, speech)
+        workload = omni._workload(prompt.shape, sampling, speech, voice)
         replan = partial(omni._plan, workload)
-        voice = omni._choose_voice(speech)
         request = Request(prompt.inputs, replan(omni.budget), replan, sampling, speech, voice, reply)
         turn = Dictation(omni._machine, request, Control(omni.budget), time.perf_counter())
         turn.codes = codes

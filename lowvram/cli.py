@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from .flags import (
     Model,
     Page,
     Play,
+    Quantizing,
     Question,
     Quiet,
     ShowPlan,
@@ -71,7 +72,7 @@ from .terminal import progress_shown
 
 if TYPE_CHECKING:
     from .offload.meter import Meter
-    from .preprocess import PromptShape
+    from .preprocess import Preprocessor, PromptShape
     from .runtime import OmniRuntime
 
 INTERRUPTED = 130
@@ -152,10 +153,11 @@ def run(
         sounds = _sounds(voice) if spoken and not (dry_run or plan) else []
         prompt = question.prompt or (SHORT_QUESTION if plan and not media else "")
         messages = [] if speak else read_arguments(media or [], prompt, question.system, limits, stack)
-        runtime = stack.enter_context(_open(model, memory, machine, limits, progress, verbose))
         if dry_run:
-            _print_shape(runtime.measure(messages, media=seen), as_json)
-        elif plan:
+            _print_shape(_preprocessor(model, progress, verbose).measure(messages, seen, limits), as_json)
+            return
+        runtime = stack.enter_context(_open(model, memory, machine, limits, progress, verbose))
+        if plan:
             planned = runtime.plan(messages, sampling=sampling, speech=spoken, media=seen)
             write_text(json.dumps(planned.to_json()) if as_json else str(planned), sys.stdout)
         else:
@@ -312,9 +314,13 @@ def profile(
 @spread
 def voices(model: Model, as_json: AsJson = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the voices of a model; the first one speaks unless another is named."""
-    with _exit_codes(verbose), progress_shown(quiet) as progress:
-        with _open(model, Memory(), Machine(device="cpu"), Limits(), progress, verbose) as runtime:
-            names = runtime.voices
+    from .checkpoint import SPEAKERS_FILE, load_speakers
+    from .planning import find_description
+
+    with _exit_codes(verbose):
+        with progress_shown(quiet) as progress:
+            folder, config = find_description(model.model, model.revision, _download_shown(progress))
+        names = list(load_speakers(folder / SPEAKERS_FILE)) if config.get("enable_audio_output", True) else []
         for line in [json.dumps(names)] if as_json else names:
             write_text(line, sys.stdout)
 
@@ -327,6 +333,37 @@ def doctor(as_json: AsJson = False) -> None:
     with _exit_codes():
         report = examine()
         write_text(json.dumps(report) if as_json else "\n".join(report_lines(report)), sys.stdout)
+
+
+@app.command()
+@spread
+def quantize(
+    ctx: typer.Context,
+    quantizing: Quantizing,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A 16-bit checkpoint: hub id or folder.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or one of a run that was stopped.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a checkpoint anew with its thinker in 4 bits (AWQ). Started again after a stop, it goes on.
+
+    One layer is on the device at a time, so that 4 GB of VRAM do for a 7B. What it cost is told layer by layer.
+    """
+    from .device import open_device
+    from .quantize import quantize_checkpoint
+    from .quantize_command import follow_run, report_text
+
+    with _exit_codes(verbose):
+        refuse(_typed(ctx))
+        with named_as_typed():
+            options = quantizing.options()
+        if not verbose:
+            _quieten_transformers()
+        with progress_shown(quiet) as progress:
+            device, show = open_device(quantizing.device), _download_shown(progress)
+            report = follow_run(quantize_checkpoint(source, target, options, device=device, on_download=show), progress)
+        write_text(json.dumps(report.to_json()) if as_json else report_text(report), sys.stdout)
 
 
 @app.command()
@@ -415,9 +452,6 @@ def _open(
 ) -> OmniRuntime:
     from .runtime import OmniRuntime
 
-    def on_download(done: int, total: int | None) -> None:
-        progress.show(Progress("download", done, total, "bytes"))
-
     if not verbose:
         _quieten_transformers()
     return OmniRuntime.open(
@@ -430,8 +464,22 @@ def _open(
         kernel=machine.kernel,
         limits=limits,
         meter=meter,
-        on_download=on_download,
+        on_download=_download_shown(progress),
     )
+
+
+def _preprocessor(model: Model, progress: Listener, verbose: bool) -> Preprocessor:
+    """What counts a prompt; of a model on the hub no weights are downloaded for it."""
+    from .planning import find_description
+    from .preprocess import Preprocessor
+
+    if not verbose:
+        _quieten_transformers()
+    return Preprocessor(*find_description(model.model, model.revision, _download_shown(progress)))
+
+
+def _download_shown(progress: Listener) -> Callable[[int, int | None], None]:
+    return lambda done, total: progress.show(Progress("download", done, total, "bytes"))
 
 
 def _quieten_transformers() -> None:

@@ -24,6 +24,7 @@ ABOUT_SPEECH = (
     "--steps",
     "--guidance",
     "--solver",
+    "--speech-dtype",
     "--chunk-seconds",
 )
 ABOUT_PICTURES = ("--fps", "--max-frames", "--max-pixels", "--no-video-sound")

@@ -22,15 +22,18 @@ from .options import (
     KV_PRECISIONS,
     MODES,
     SOLVERS,
+    SPEECH_DTYPES,
     TALKER_SAMPLING,
     KVPrecision,
     Limits,
     MediaParams,
     SamplingParams,
     Solver,
+    SpeechDtype,
     SpeechMode,
     SpeechParams,
 )
+from .quantize.options import GROUP_SIZES, QuantizeOptions
 from .token2wav.windows import CODES_PER_SECOND
 
 DEFAULT_OUTPUT = "reply.wav"
@@ -200,6 +203,9 @@ class Sound:
     steps: Annotated[int, _flag("--steps", panel=_SAY, help="Points of the grid that sound is solved on.")] = (
         SpeechParams.steps
     )
+    speech_dtype: Annotated[
+        str, _flag("--speech-dtype", panel=_SAY, help=f"Of the speech decoder's layers: {', '.join(SPEECH_DTYPES)}.")
+    ] = SpeechParams.dtype
     chunk_seconds: Annotated[float, _flag("--chunk-seconds", panel=_SAY, help="Sound to hand out at a time.")] = (
         SpeechParams.chunk_s
     )
@@ -214,9 +220,17 @@ class Sound:
             guidance=voice.guidance,
             solver=cast(Solver, self.solver),
             mode=voice.mode,
+            dtype=self._precision(),
             chunk_s=self.chunk_seconds,
         )
         return None if self.no_speech else speech
+
+    def _precision(self) -> SpeechDtype:
+        """`SpeechParams` would refuse it by the name of another flag."""
+        if self.speech_dtype not in SPEECH_DTYPES:
+            known = ", ".join(SPEECH_DTYPES)
+            raise OptionError(f"speech_dtype {self.speech_dtype!r} is unknown", hint=f"one of: {known}")
+        return cast(SpeechDtype, self.speech_dtype)
 
     def _codes(self, temperature: float, seed: int | None) -> SamplingParams:
         """The reference's draw with two values of its own, which `SamplingParams` would call by the text's names."""
@@ -347,6 +361,39 @@ class Machine:
     kernel: Annotated[
         str | None, _flag("--kernel", panel=_RUN, show_default="the best", help="Code for 4-bit weights.")
     ] = None
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """How a checkpoint is quantized, and on what device. Fields of `QuantizeOptions`."""
+
+    calibrate: Annotated[
+        list[str] | None,
+        _flag(
+            "--calibrate",
+            panel=_SEE,
+            show_default="built-in texts",
+            metavar="PATH",
+            help="Also learn from this file or folder: .txt, .jsonl, sounds, pictures, clips. Any number of times.",
+        ),
+    ] = None
+    samples: Annotated[int, _flag("--samples", panel=_SEE, help="Samples to learn from, or as many as there are.")] = (
+        QuantizeOptions.samples
+    )
+    sample_tokens: Annotated[int, _flag("--sample-tokens", panel=_SEE, help="How long a sample is.")] = (
+        QuantizeOptions.sample_tokens
+    )
+    seed: Annotated[int, _flag("--seed", panel=_SEE, help="Pick other samples.")] = QuantizeOptions.seed
+    group_size: Annotated[
+        int, _flag("--group-size", panel=_RUN, help=f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.")
+    ] = QuantizeOptions.group_size
+    device: Annotated[str, _flag("--device", panel=_RUN, help="auto, cpu, cuda or cuda:N.")] = "auto"
+
+    def options(self) -> QuantizeOptions:
+        """Checked; what is wrong is named by its field."""
+        return QuantizeOptions(
+            self.group_size, self.samples, self.sample_tokens, self.seed, tuple(self.calibrate or ())
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ rotary tables are used as they are, its loops are not.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +44,18 @@ LM_HEAD = "thinker.lm_head.weight"
 CODEC_EMBED = "talker.model.embed_tokens.weight"
 NEVER_READ = ("thinker.audio_tower.audio_bos_eos_token.weight", EMBED_TOKENS, CODEC_EMBED)
 """Published tensors outside all blocks: one the reference never uses either, and the tables that stay in files."""
+
+DIT_PREFIX = "token2wav.code2wav_dit_model."
+
+Paths = tuple[str, ...]
+"""Beginnings of parameters' names."""
+
+STEPPING_LAYER: Paths = ("attn.", "ff.")
+STEPPING_REST: Paths = ("text_embed.", "input_embed.proj.", "proj_out.")
+"""The DiT's parameters that every evaluation computes with, of a decoder layer and around them."""
+
+CONDITIONING: Paths = ("time_embed.", "input_embed.spk_encoder.", "norm_out.")
+"""With each layer's `attn_norm`, those that see nothing but the voice and the times of the evaluations."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +151,9 @@ class Speech:
 class OmniModel:
     """A checkpoint's skeletons, block by block, with the tables that stay on the host.
 
-    `components` maps audio_tower, visual, thinker, lm_head, talker, dit and bigvgan to their blocks: one per layer
-    and, last, one with the rest of the component. The last three are absent when the checkpoint does not speak.
+    `components` maps dit_conditioning, audio_tower, visual, thinker, lm_head, talker, dit and bigvgan to their blocks:
+    one per layer and, last, one with the rest of the component. Those of speech are absent when the checkpoint does not
+    speak. The DiT's two components share its modules: what conditions it, and what each evaluation computes with.
     """
 
     components: Mapping[str, tuple[WeightBlock, ...]]
@@ -151,6 +165,16 @@ class OmniModel:
     dtype: torch.dtype
     kernel: str
     transfer: Transfer
+
+    @property
+    def dit_layers(self) -> tuple[WeightBlock, ...]:
+        """The DiT's decoder layers, the only weights whose precision a turn chooses."""
+        return self.components["dit"][:-1] if self.speech else ()
+
+    def speak_in(self, dtype: torch.dtype) -> None:
+        """Lay the DiT's layers out in another dtype. None of them is on the device, nor copied on the host."""
+        for layer in self.dit_layers:
+            layer.store_as(dtype)
 
     def close(self) -> None:
         """Let go of the tables' files and of the staging buffer; blocks are the residency's to release."""
@@ -165,9 +189,9 @@ def build_model(
 ) -> OmniModel:
     """Build the skeletons of `checkpoint` and account for every stored tensor; no weight is read.
 
-    Thinker, talker and encoders compute in `dtype`; token2wav in float32, as the reference does. Raises
-    CheckpointError for missing, surplus, misshapen or mistyped tensors, UnsupportedQuantError for a quantization that
-    `read_scheme` does not know.
+    Thinker, talker and encoders compute in `dtype`; token2wav in float32, as the reference does, unless the DiT's
+    layers are told otherwise (`OmniModel.speak_in`). Raises CheckpointError for missing, surplus, misshapen or mistyped
+    tensors, UnsupportedQuantError for a quantization that `read_scheme` does not know.
     """
     attention.register()
     builder = _Builder(checkpoint, Transfer(reader, device), device, dtype, backend)
@@ -265,14 +289,22 @@ class _Builder:
         return (*layers, self._block("talker.rest", rest, "talker.")), self._decoder(model.rotary_emb, config)
 
     def _token2wav(self, config: Any) -> dict[str, tuple[WeightBlock, ...]]:
-        parts = {
-            "dit": (Qwen2_5OmniToken2WavDiTModel(config.dit_config), "token2wav.code2wav_dit_model."),
-            "bigvgan": (Qwen2_5OmniToken2WavBigVGANModel(config.bigvgan_config), "token2wav.code2wav_bigvgan_model."),
-        }
+        dit = _computed_tables(Qwen2_5OmniToken2WavDiTModel(config.dit_config), self.device)
+        bigvgan = _computed_tables(Qwen2_5OmniToken2WavBigVGANModel(config.bigvgan_config), self.device)
+        modulating = tuple(f"transformer_blocks.{i}.attn_norm." for i in range(len(dit.transformer_blocks)))
         return {
-            name: (self._block(name, _computed_tables(module.eval(), self.device), prefix, torch.float32),)
-            for name, (module, prefix) in parts.items()
+            "dit_conditioning": (self._dit_block("dit_conditioning", dit, (*CONDITIONING, *modulating)),),
+            "dit": (*self._dit_layers(dit), self._dit_block("dit.rest", dit, STEPPING_REST)),
+            "bigvgan": (self._block("bigvgan", bigvgan, "token2wav.code2wav_bigvgan_model.", torch.float32),),
         }
+
+    def _dit_layers(self, dit: Any) -> Iterator[WeightBlock]:
+        for i, layer in enumerate(dit.transformer_blocks):
+            prefix = f"{DIT_PREFIX}transformer_blocks.{i}."
+            yield self._block(f"dit.{i}", layer, prefix, torch.float32, STEPPING_LAYER)
+
+    def _dit_block(self, name: str, dit: nn.Module, paths: Paths) -> WeightBlock:
+        return self._block(name, dit, DIT_PREFIX, torch.float32, paths)
 
     def _blocks(
         self, component: str, layers: nn.ModuleList, layers_prefix: str, rest: nn.Module, rest_prefix: str
@@ -285,8 +317,10 @@ class _Builder:
     def _layer_blocks(self, component: str, layers: nn.ModuleList, prefix: str) -> list[WeightBlock]:
         return [self._block(f"{component}.{i}", layer, f"{prefix}.{i}.") for i, layer in enumerate(layers)]
 
-    def _block(self, name: str, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> WeightBlock:
-        return WeightBlock(name, module.eval(), prefix, self.tensors, self.transfer, dtype or self.dtype)
+    def _block(
+        self, name: str, module: nn.Module, prefix: str, dtype: torch.dtype | None = None, paths: Paths = ("",)
+    ) -> WeightBlock:
+        return WeightBlock(name, module.eval(), prefix, self.tensors, self.transfer, dtype or self.dtype, paths=paths)
 
     def _decoder(self, rotary: nn.Module, config: Any) -> Decoder:
         return Decoder(
@@ -323,8 +357,9 @@ def _speech(config: Any, decoder: Decoder, codec_embed: HostRows) -> Speech:
 
 def _read_config(checkpoint: Checkpoint) -> Any:
     """The library's config of a published one, old key spellings included, with our attention chosen."""
+    published = copy.deepcopy(dict(checkpoint.config))  # the library writes into what it is given
     with _without_vocabulary_warnings():
-        config: Any = Qwen2_5OmniConfig.from_dict(dict(checkpoint.config))
+        config: Any = Qwen2_5OmniConfig.from_dict(published)
     thinker = config.thinker_config
     for part in (thinker.text_config, thinker.vision_config, thinker.audio_config, config.talker_config):
         part._attn_implementation = attention.NAME

@@ -31,7 +31,7 @@ from .options import Limits, MediaParams, SamplingParams, SpeechParams
 from .preprocess import Preprocessor, PromptShape
 from .quant.matmul import choose_backend
 from .room import Control
-from .token2wav.stream import Speaker
+from .token2wav.conditioning import Setting, Speaker
 from .turn import Machine, Request, Turn, Voice
 from .workload import turn_of
 
@@ -164,7 +164,9 @@ class OmniRuntime:
         self._require_open()
         voice = self._choose_voice(speech)
         shape = self.measure(messages or [{"role": "user", "content": "?"}], media=media)
-        return self._plan(self._workload(shape, sampling or SamplingParams(), speech if voice else None), self.budget)
+        return self._plan(
+            self._workload(shape, sampling or SamplingParams(), speech or DEFAULT_SPEECH, voice), self.budget
+        )
 
     def generate(
         self,
@@ -288,7 +290,7 @@ class OmniRuntime:
         try:
             started_s = time.perf_counter()
             with self.preprocessor.open(messages, media or MediaParams(), self.limits) as prompt:
-                workload = self._workload(prompt.shape, sampling, speech if voice else None)
+                workload = self._workload(prompt.shape, sampling, speech, voice)
                 replan = partial(self._plan, workload)
                 request = Request(prompt.inputs, replan(self.budget), replan, sampling, speech, voice, reply)
                 yield from self._steps(Turn(self._machine, request, control, started_s))
@@ -332,8 +334,16 @@ class OmniRuntime:
         device = self.device.torch.type
         return plan_memory(self._footprint, budget, self.limits, workload, device=device, over=over, begun=begun)
 
-    def _workload(self, shape: PromptShape, sampling: SamplingParams, speech: SpeechParams | None) -> Workload:
-        return turn_of(shape.prompt_tokens, shape.grids, shape.audio_windows, sampling, speech, self.limits.kv)
+    def _workload(
+        self, shape: PromptShape, sampling: SamplingParams, speech: SpeechParams, voice: Voice | None
+    ) -> Workload:
+        prompt = (shape.prompt_tokens, shape.grids, shape.audio_windows)
+        turn = turn_of(*prompt, sampling, speech if voice else None, self.limits.kv)
+        if voice is None:
+            return turn
+        is_known = Setting.of(voice.name, speech) in self._machine.conditionings
+        frames = max(turn.voice_frames, voice.speaker.ref_mel.shape[1])
+        return replace(turn, voice_frames=frames, is_conditioned=is_known)
 
     def _choose_voice(self, speech: SpeechParams | None) -> Voice | None:
         if speech is None or (speech is DEFAULT_SPEECH and not self._voices):

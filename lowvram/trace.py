@@ -42,8 +42,8 @@ from .options import SamplingParams, SpeechParams
 from .quant.reference import ReferenceBackend
 from .room import Control
 from .sampling import Sampler
+from .token2wav.conditioning import Speaker
 from .token2wav.ode import solver_stages, time_grid
-from .token2wav.stream import Speaker
 from .token2wav.windows import chunk_codes, first_sound_codes
 from .turn import Machine, Request, Turn, Voice
 
@@ -52,9 +52,6 @@ DEVICE = torch.device("meta")
 
 TEXT_TOKENS = 3
 """Written before the stop token: the first step, and two that are like all others."""
-
-VOICE_FRAMES = 1000
-"""Mel frames of the traced voice: 10 s, since how long the published voices' samples are is not known here."""
 
 FRAMES_PER_SOUND_TOKEN = 4
 """Mel frames: a convolution of stride 2, then pairs averaged."""
@@ -91,7 +88,9 @@ def trace_turn(
     (`LiveBytes("meta", explain=True)`) can be asked afterwards what was held at each peak.
     """
     assert plan.prompt_tokens == workload.prompt_tokens, "plan and prompt belong to different turns"
+    assert not (plan.codes and workload.is_conditioned), "a trace has no earlier turn to know a voice from"
     ledger, speech = ledger or LiveBytes(DEVICE.type), speech or SpeechParams()
+    model.speak_in(getattr(torch, speech.dtype))
     machine = _machine(model, plan, ledger)
     turn = _TracedTurn(machine, _request(model, plan, workload, speech), Control(Budget()), time.perf_counter())
     with _HostSide(_script(model, speech)), ledger:
@@ -125,7 +124,7 @@ def _request(model: OmniModel, plan: Plan, workload: Workload, speech: SpeechPar
         replan=no_other,
         sampling=SamplingParams(max_tokens=plan.text_tokens),
         speech=replace(speech, sampling=replace(speech.sampling, max_tokens=max(1, plan.codes))),
-        voice=_voice(model) if plan.codes else None,
+        voice=_voice(model, workload.voice_frames) if plan.codes else None,
     )
 
 
@@ -155,9 +154,9 @@ def _mel_bins(model: OmniModel) -> int:
     return model.components["audio_tower"][-1].module.get_parameter("conv1.weight").shape[1]
 
 
-def _voice(model: OmniModel) -> Voice:
-    config: Any = model.components["dit"][0].module.config
-    speaker = Speaker(torch.zeros(1, config.enc_emb_dim), torch.zeros(1, VOICE_FRAMES, config.mel_dim))
+def _voice(model: OmniModel, frames: int) -> Voice:
+    config: Any = model.components["dit"][-1].module.config
+    speaker = Speaker(torch.zeros(1, config.enc_emb_dim), torch.zeros(1, frames, config.mel_dim))
     return Voice("traced", ID, speaker)
 
 

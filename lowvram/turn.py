@@ -39,7 +39,8 @@ from .room import Cancelled, Control, Replan, Room
 from .sampling import Choice, Recitation, Sampler
 from .talker import Talker, TextRows, seen_by_penalty, talk
 from .thinker import Prefilled, Thinker, decode, prefill
-from .token2wav.stream import Speaker, decode_speech
+from .token2wav.conditioning import Conditionings, Setting, Speaker, condition
+from .token2wav.stream import decode_speech
 from .token2wav.windows import SAMPLE_RATE_HZ
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ class Voice:
 
 @dataclass(frozen=True)
 class Machine:
-    """What serves one turn after another: the model, where its weights are, and its tokenizer's side of text. `trim`
-    gives the device what its allocator keeps for later."""
+    """What serves one turn after another: the model, where its weights are, its tokenizer's side of text, and what is
+    known of its voices by now. `trim` gives the device what its allocator keeps for later."""
 
     model: OmniModel
     residency: Residency
@@ -66,6 +67,13 @@ class Machine:
     meter: Meter
     stop_ids: frozenset[int]
     detokenize: Callable[[Sequence[int]], str]
+    conditionings: Conditionings = field(default_factory=Conditionings)
+
+    def speak_in(self, dtype: torch.dtype) -> None:
+        """Have the DiT's layers in that precision. A change of it empties device and host: they move in anew."""
+        if any(layer.dtype is not dtype for layer in self.model.dit_layers):
+            self.residency.release()
+            self.model.speak_in(dtype)
 
 
 @dataclass(frozen=True)
@@ -122,11 +130,13 @@ class Turn:
         Raises BudgetExceededError where the device has less room than the least that the turn can do with.
         """
         self.machine.meter.begin()
+        if self.request.voice:
+            self.machine.speak_in(getattr(torch, self.request.speech.dtype))
         try:
             for phase in self.room.phases():
                 plan = self.room.plan
                 with self.machine.meter.phase(phase.name):
-                    for part in (self._onload, self._encode, self._answer):
+                    for part in (self._onload, self._condition, self._encode, self._answer):
                         yield from self._watched(part())
                 if self.room.plan is plan:
                     self._compare_with(plan, phase)
@@ -173,6 +183,17 @@ class Turn:
         with self._timed("load"):
             for done, total in self.room.load():
                 yield Progress("load", done, total, "bytes")
+
+    def _condition(self) -> Iterator[Event]:
+        """Work out what the DiT hears of the voice, for this turn and later ones, if this phase is for that."""
+        speech, voice = self.request.speech, self.request.voice
+        if voice and self.room.begin("conditioning"):
+            (block,) = self.machine.residency.component("dit_conditioning")
+            with self._timed("condition"):
+                made = condition(block, voice.speaker, speech, attempt=self.room.attempt)
+            self.machine.conditionings.keep(Setting.of(voice.name, speech), made)
+            yield Progress("condition", 1, 1, "voices")
+            self.room.end("conditioning")
 
     def _encode(self) -> Iterator[Event]:
         """Fill the prompt's media rows with whatever encoders this phase holds."""
@@ -318,9 +339,11 @@ class Turn:
         """Sound as it becomes final, to the outbox; one turn of the loop per codec id, most of them silent."""
         speech, voice = self.request.speech, self.request.voice
         assert voice
-        (dit,), (bigvgan,) = (self.machine.residency.component(name) for name in ("dit", "bigvgan"))
+        layers, dit = self._layers_and_rest("dit")
+        (bigvgan,) = self.machine.residency.component("bigvgan")
+        heard = self.machine.conditionings[Setting.of(voice.name, speech)]
         pieces = decode_speech(
-            codes, dit, bigvgan, voice.speaker, speech, seed=self._noise_seed, attempt=self.room.attempt
+            codes, dit, bigvgan, heard, speech, seed=self._noise_seed, layers=layers, attempt=self.room.attempt
         )
         for samples in pieces:
             if len(samples):

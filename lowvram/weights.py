@@ -51,7 +51,8 @@ class Place:
 class WeightBlock:
     """`module`'s weights as one run of bytes, filled from the tensors stored under `prefix`.
 
-    The module is a skeleton: its parameters hold no memory until `bind`.
+    The module is a skeleton: its parameters hold no memory until `bind`. `paths` begin the names of those that are
+    meant, where blocks share a module.
     """
 
     def __init__(
@@ -62,15 +63,23 @@ class WeightBlock:
         tensors: Mapping[str, TensorEntry],
         transfer: Transfer,
         dtype: torch.dtype,
+        *,
+        paths: tuple[str, ...] = ("",),
     ) -> None:
         self.name = name
         self.module = module
         self._prefix = prefix
         self._tensors = tensors
         self._transfer = transfer
-        self._places = dict(_lay_out(module, dtype))
-        self.n_bytes = max(place.end for place in self._places.values())
+        self._paths = paths
+        self.store_as(dtype)
         self.stored_names = frozenset(self._check_stored())
+
+    def store_as(self, dtype: torch.dtype) -> None:
+        """Lay the weights out in another float dtype; no copy of the block may exist meanwhile, here or on the host."""
+        self.dtype = dtype
+        self._places = dict(_lay_out(self.module, dtype, self._paths))
+        self.n_bytes = max(place.end for place in self._places.values())
 
     def fill(self, run: Tensor) -> None:
         """Read the weights from their files into `run` [n_bytes] uint8, on the host at once, on the device in the copy
@@ -159,17 +168,18 @@ class HostRows:
         self._table = torch.empty(0, self.width, device="cpu")
 
 
-def _lay_out(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Place]]:
+def _lay_out(module: nn.Module, dtype: torch.dtype, paths: tuple[str, ...]) -> Iterator[tuple[str, Place]]:
     """Each parameter's place, one after another on aligned offsets; float parameters in the compute dtype, packed
-    ones in the dtype their backend chose."""
+    ones in the dtype their backend chose. Parameters outside `paths` are another block's."""
     offset = 0
     for owner_path, owner in module.named_modules():
         packed = owner.packed_names if isinstance(owner, AWQLinear) else ()
         for leaf, parameter in owner._parameters.items():
-            if parameter is None:
+            path = f"{owner_path}.{leaf}".lstrip(".")
+            if parameter is None or not path.startswith(paths):
                 continue
             place = Place(owner, leaf, parameter, parameter.dtype if leaf in packed else dtype, offset)
-            yield f"{owner_path}.{leaf}".lstrip("."), place
+            yield path, place
             offset = place.end
 
 

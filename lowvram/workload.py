@@ -35,7 +35,7 @@ from .preprocess.counts import (
 from .preprocess.messages import MediaPart, Message, TextPart, read_messages
 from .preprocess.plain_tokenizer import TOKENIZER_FILE, PlainTokenizer
 from .token2wav.ode import solver_stages, time_grid
-from .token2wav.windows import chunk_codes
+from .token2wav.windows import BLOCK_CODES, LOOK_AHEAD_BLOCKS, chunk_codes, first_sound_codes
 
 SHORT_QUESTION = {"role": "user", "content": "?"}
 
@@ -150,13 +150,21 @@ def turn_of(
         grids=grids,
         kv=kv,
     )
-    if speech is None:
-        return turn
+    return turn if speech is None else _spoken(turn, speech)
+
+
+def _spoken(turn: Turn, speech: SpeechParams) -> Turn:
+    """The turn with its answer said aloud, in a voice that is yet to be conditioned."""
+    evaluations = len(solver_stages(speech.solver, time_grid(speech.steps)))
     return replace(
         turn,
         codes=speech.sampling.max_tokens,
         speech_chunk_codes=chunk_codes(speech.chunk_s),
-        ode_evaluations=len(solver_stages(speech.solver, time_grid(speech.steps))),
+        ode_evaluations=evaluations,
+        speech_mode=speech.mode,
+        speech_ahead_codes=BLOCK_CODES * LOOK_AHEAD_BLOCKS.get(speech.mode, 0),
+        first_sound_codes=first_sound_codes(evaluations, speech.mode, speech.chunk_s),
+        speech_dtype=speech.dtype,
     )
 
 

@@ -187,8 +187,9 @@ def test_quiet_says_nothing_on_stderr(demo: Path):
 
 def test_stderr_tells_progress_in_a_few_lines_then_what_was_used_and_where_speech_went(demo: Path):
     lines = lowvram("run", "-p", "hello", "--model", demo, *BRIEF).stderr.splitlines()
-    assert [line.split()[0] for line in lines] == ["load:", "load:", "prefill:", "used:", "used:", "speech:", "speech:"]
-    assert "4 text tokens, 12 codes" in lines[3] and "process resident set" in lines[4] and "reply.wav" in lines[5]
+    progress, summary = ["load:", "load:", "condition:", "prefill:"], ["used:", "used:", "speech:", "speech:"]
+    assert [line.split()[0] for line in lines] == [*progress, *summary]
+    assert "4 text tokens, 12 codes" in lines[4] and "process resident set" in lines[5] and "reply.wav" in lines[6]
 
 
 def test_the_demos_words_are_called_gibberish(demo: Path, monkeypatch: pytest.MonkeyPatch):

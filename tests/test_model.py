@@ -12,7 +12,7 @@ import torch
 from lowvram.checkpoint import Checkpoint, TensorEntry, TensorReader, open_checkpoint
 from lowvram.demo import TINY, build_demo
 from lowvram.errors import CheckpointError
-from lowvram.model import CODEC_EMBED, EMBED_TOKENS, LM_HEAD, OmniModel, build_model
+from lowvram.model import CODEC_EMBED, DIT_PREFIX, EMBED_TOKENS, LM_HEAD, OmniModel, build_model
 from lowvram.offload.footprint import read_footprint
 from lowvram.quant.linear import AWQLinear
 from lowvram.quant.matmul import choose_backend
@@ -147,3 +147,35 @@ def test_sixteen_bit_checkpoints_keep_plain_linears(tmp_path: Path):
     model = build(open_checkpoint(tmp_path))
     assert not [m for b in model.components["thinker"] for m in b.module.modules() if isinstance(m, AWQLinear)]
     assert model.kernel == "torch"
+
+
+def test_the_dit_is_handed_out_in_layers_and_what_conditions_it_apart(checkpoint: Checkpoint):
+    components = build(checkpoint).components
+    *layers, rest = components["dit"]
+    assert [block.name for block in layers] == [f"dit.{i}" for i in range(TINY.dit_layers)]
+    (conditioning,) = components["dit_conditioning"]
+    assert conditioning.module is rest.module
+    read = [name for block in (*layers, rest, conditioning) for name in block.stored_names]
+    stored = [name for name in checkpoint.tensors if name.startswith(DIT_PREFIX) and not name.endswith("inv_freq")]
+    assert sorted(read) == sorted(stored)
+    modulating = [name for name in stored if ".attn_norm." in name]
+    assert len(modulating) == 2 * TINY.dit_layers and conditioning.stored_names.issuperset(modulating)
+
+
+def test_only_the_dits_layers_change_their_precision(checkpoint: Checkpoint):
+    model = build(checkpoint)
+    before = {block.name: block.n_bytes for blocks in model.components.values() for block in blocks}
+    model.speak_in(torch.bfloat16)
+    after = {block.name: block.n_bytes for blocks in model.components.values() for block in blocks}
+    planned = read_footprint(checkpoint.tensors, checkpoint.config, width_bytes=4).speaking_in("bfloat16")
+    layers = {block.name: block.n_bytes for block in planned.components["dit"][:-1]}
+    assert {name for name in after if after[name] != before[name]} == layers.keys()
+    assert {name: after[name] for name in layers} == layers
+    model.speak_in(torch.float32)
+    assert {block.name: block.n_bytes for blocks in model.components.values() for block in blocks} == before
+
+
+def test_a_missing_modulation_is_named(checkpoint: Checkpoint):
+    name = "token2wav.code2wav_dit_model.transformer_blocks.1.attn_norm.linear.bias"
+    with pytest.raises(CheckpointError, match=f"tensor {name} is missing"):
+        build(with_tensors(checkpoint, {name: None}))

@@ -104,7 +104,8 @@ def test_the_4_bit_shape_has_the_published_counts_and_sizes():
         "thinker": 3.16,
         "lm_head": 1.02,
         "talker": 2.46,
-        "dit": 1.24,
+        "dit_conditioning": 0.54,
+        "dit": 0.71,
         "bigvgan": 0.43,
     }
 

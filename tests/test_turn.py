@@ -23,6 +23,7 @@ from lowvram.turn import Request, Turn
 
 STAGES = ("audio_tower", "visual", "thinker", "talker", "token2wav")
 COMPONENTS = {
+    "conditioning": ("dit_conditioning",),
     "audio_tower": ("audio_tower",),
     "visual": ("visual",),
     "thinker": ("thinker", "lm_head"),
@@ -48,7 +49,8 @@ MESSAGES = [
 
 
 def plan_of(cuts: Sequence[Sequence[str]], placement: Placement = Placement.PHASE, **chunks: int) -> Plan:
-    """A plan with these stages in each phase, all their components placed alike."""
+    """A plan with these stages in each phase, and before sound one for its voice; all components are placed alike."""
+    before = [["conditioning"]] if any("token2wav" in stages for stages in cuts) else []
     phases = tuple(
         Phase(
             name="+".join(stages),
@@ -59,7 +61,7 @@ def plan_of(cuts: Sequence[Sequence[str]], placement: Placement = Placement.PHAS
             activation_bytes=0,
             traffic_bytes=0,
         )
-        for stages in cuts
+        for stages in [*before, *cuts]
     )
     sizes = {"prefill_chunk_tokens": 1024, "vision_chunk_patches": 4096, "audio_chunk_windows": 8} | chunks
     return Plan("cpu", None, phases, prompt_tokens=1, text_tokens=1, codes=1, **sizes)

@@ -169,6 +169,15 @@ def test_speech_and_the_cache_are_as_the_options_have_them(at_hand: Headers):
     assert count_turn(at_hand).turn.codes == 0
 
 
+def test_how_speech_is_decoded_is_part_of_the_work(at_hand: Headers):
+    """Balanced: two blocks of 12 codes are solved again, and sound waits for two and these."""
+    turn = count_turn(at_hand, speech=SpeechParams(mode="balanced", dtype="float16")).turn
+    assert (turn.speech_mode, turn.speech_dtype) == ("balanced", "float16")
+    assert (turn.speech_ahead_codes, turn.first_sound_codes) == (24, 48)
+    exact = count_turn(at_hand, speech=SpeechParams()).turn
+    assert (exact.speech_ahead_codes, exact.first_sound_codes, exact.is_conditioned) == (0, 144, False)
+
+
 @pytest.mark.parametrize("size", ["720p", "0x10", "1280 x 720", ""])
 def test_a_size_that_is_none_is_refused(size: str):
     with pytest.raises(OptionError, match="is not a size in pixels"):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .cards import Card
-from .footprint import BlockSize, DecoderShape, Footprint
+from .footprint import DIT_LAYER_WIDTH_BYTES, BlockSize, DecoderShape, Footprint
 from .placement import HostTier, Phase, Placement, Plan, evenly_spaced
 from .prices import COMPONENTS, Turn
 
@@ -68,7 +68,7 @@ class Expectations:
 
 def expect(plan: Plan, footprint: Footprint, turn: Turn, card: Card) -> Expectations:
     """What a whole plan for `turn`, made from `footprint`, should do on `card`, resident weights already in place."""
-    work = _Work(plan, footprint, turn, card)
+    work = _Work(plan, footprint.speaking_in(turn.speech_dtype), turn, card)
     loads_s = [work.load_s(phase) for phase in plan.phases]
     thinking = work.phase_index("thinker")
     ttft_s = sum(loads_s[: thinking + 1]) + work.encoding_s() + work.prefill_s("thinker") + work.step_s("thinker")
@@ -130,22 +130,35 @@ class _Work:
         return max(self._read_s(weights_bytes + kv_bytes), shape.layers * LAYER_LAUNCH_S, self._stream_s(stage))
 
     def sound_s(self, codes: int) -> float:
-        """A chunk of codes through the DiT, guided, at every evaluation, and through the vocoder."""
+        """So many codes through the DiT, guided, at every evaluation, and through the vocoder."""
         sound, evaluations = self.footprint.sound, self.turn.ode_evaluations
         assert sound
         frames = codes * sound.repeats
-        dit_flops = evaluations * 2 * frames * sound.layers * 2 * (4 * sound.hidden**2 + 2 * sound.hidden * sound.ff)
+        layer_flops = 2 * (4 * sound.hidden**2 + 2 * sound.hidden * sound.ff)
+        dit_flops = evaluations * 2 * frames * sound.layers * layer_flops * self._work_per_code()
+        walks = self._walks(codes)
         dit_s = max(
-            self._float32_s(dit_flops),
-            self._read_s(evaluations * self.footprint.component_bytes("dit")),
-            evaluations * sound.layers * LAYER_LAUNCH_S,
+            self._speech_s(dit_flops),
+            self._read_s(walks * self.footprint.component_bytes("dit")),
+            walks * sound.layers * LAYER_LAUNCH_S,
+            walks * self._stream_s("token2wav"),
         )
         return dit_s + self._float32_s(frames * sound.vocoder_flops_per_frame)
+
+    def _work_per_code(self) -> float:
+        """How often a frame is solved: what a chunk sees ahead of itself is solved again with the next one."""
+        chunk, ahead = self.turn.speech_chunk_codes, self.turn.speech_ahead_codes
+        return (chunk + ahead) / chunk
+
+    def _walks(self, codes: int) -> float:
+        """Over the DiT's layers: for a chunk one for each evaluation, in "offload" one for all."""
+        chunks = max(1.0, codes / self.turn.speech_chunk_codes)
+        return chunks * (1 if self.turn.speech_mode == "offload" else self.turn.ode_evaluations)
 
     def silence_s(self, loads_s: list[float]) -> float:
         """From the first word to the first sound. Across a cut all text, or all codes, come before what follows."""
         turn, thinking = self.turn, self.phase_index("thinker")
-        codes = self._codes_to_first_sound()
+        codes = min(turn.first_sound_codes, turn.codes)
         text = min(codes, turn.text_tokens) if self._share("thinker", "talker") else turn.text_tokens
         drained_codes = codes if self._share("talker", "token2wav") else turn.codes
         speaking_s = text * self.step_s("thinker") + drained_codes * self.step_s("talker")
@@ -154,14 +167,6 @@ class _Work:
     def real_time_factor(self) -> float:
         chunk = self.turn.speech_chunk_codes
         return CODES_PER_SECOND * (self.step_s("talker") + self.sound_s(chunk) / chunk)
-
-    def _codes_to_first_sound(self) -> int:
-        """A block of frames for each evaluation, one for the DiT's last look ahead and one for the vocoder's; in
-        whole chunks."""
-        sound, chunk = self.footprint.sound, self.turn.speech_chunk_codes
-        assert sound
-        codes = (self.turn.ode_evaluations + 2) * sound.block_frames // sound.repeats
-        return min(self.turn.codes, -(-codes // chunk) * chunk)
 
     def _share(self, stage: str, other: str) -> bool:
         return self.phase_index(stage) == self.phase_index(other)
@@ -185,7 +190,7 @@ class _Work:
     def _stream_s(self, stage: str) -> float:
         """Moving a stage's streamed layers once."""
         phase = self.plan.phases[self.phase_index(stage)]
-        return sum(self._move_s(block) for block, streamed in self._blocks(phase, stage) if streamed)
+        return sum(self._move_s(block) for block, streamed in self._blocks(phase, COMPONENTS[stage][0]) if streamed)
 
     def _blocks(self, phase: Phase, component: str) -> Iterator[tuple[BlockSize, bool]]:
         """A component's blocks, and whether each is streamed."""
@@ -208,6 +213,11 @@ class _Work:
         """In the compute dtype."""
         tflops = self.card.float16_tflops if self.footprint.width_bytes == 2 else self.card.float32_tflops
         return flops / (tflops * 1e12 * COMPUTE_SHARE)
+
+    def _speech_s(self, flops: float) -> float:
+        """In the dtype of the DiT's layers."""
+        is_half = DIT_LAYER_WIDTH_BYTES[self.turn.speech_dtype] == 2
+        return flops / ((self.card.float16_tflops if is_half else self.card.float32_tflops) * 1e12 * COMPUTE_SHARE)
 
     def _float32_s(self, flops: float) -> float:
         return flops / (self.card.float32_tflops * 1e12 * COMPUTE_SHARE)

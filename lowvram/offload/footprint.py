@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ..errors import CheckpointError
-from ..options import KVPrecision
+from ..options import KVPrecision, SpeechDtype, SpeechMode
 
 BLOCK_ALIGNMENT_BYTES = 256
 """Each tensor of a block starts on a multiple of this: what CUDA's own allocator aligns to."""
 
 TOKEN2WAV_WIDTH_BYTES = 4
 """token2wav computes in float32, as the reference does."""
+
+DIT_LAYER_WIDTH_BYTES: dict[SpeechDtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""But for the DiT's layers, if so asked."""
 
 KV_SCALE_BYTES = 4
 """Of the float32 scale that an int8 cache keeps for each token's key and value, by KV head."""
@@ -37,18 +40,25 @@ ON_HOST = (
 
 LM_HEAD = "thinker.lm_head.weight"
 
+_NOISE_AND_TURN = 80 + 64
+"""Elements that a waiting mel frame has beside its code row: noise for 80 mel bins, a rotary table for heads of 64."""
+
 _PREFIXES = {
     "audio_tower": "thinker.audio_tower.",
     "visual": "thinker.visual.",
     "thinker": "thinker.model.",
     "lm_head": "thinker.lm_head.",
     "talker": "talker.",
+    "dit_conditioning": "token2wav.code2wav_dit_model.",
     "dit": "token2wav.code2wav_dit_model.",
     "bigvgan": "token2wav.code2wav_bigvgan_model.",
 }
-_LAYER = re.compile(r"(?:model\.)?(?:layers|blocks)\.(\d+)\.")
-_LAYERED = ("audio_tower", "visual", "thinker", "talker")
-_SPEECH = ("talker", "dit", "bigvgan")
+_LAYER = re.compile(r"(?:model\.)?(?:layers|blocks|transformer_blocks)\.(\d+)\.")
+_CONDITIONING = re.compile(r"time_embed\.|input_embed\.spk_encoder\.|norm_out\.|transformer_blocks\.\d+\.attn_norm\.")
+"""Of the DiT's tensors those that voice and times alone pass through."""
+_LAYERED = ("audio_tower", "visual", "thinker", "talker", "dit")
+_SPEECH = ("talker", "dit_conditioning", "dit", "bigvgan")
+_TOKEN2WAV = ("dit_conditioning", "dit", "bigvgan")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -176,54 +186,129 @@ class AudioShape:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How codes become sound: `chunk_codes` at a time, in `cached` modes solved together with `ahead_codes` after them
+    that are solved again; the DiT's layers in `dtype`."""
+
+    mode: SpeechMode = "exact"
+    evaluations: int = 9
+    chunk_codes: int = 48
+    ahead_codes: int = 0
+    dtype: SpeechDtype = "float32"
+
+    @property
+    def layer_bytes(self) -> int:
+        """Per element of the DiT's layers."""
+        return DIT_LAYER_WIDTH_BYTES[self.dtype]
+
+    def walks(self, codes: int) -> int:
+        """How often a speech of so many codes walks the DiT's layers, at most.
+
+        Each chunk does, then what is left over, then the end: once for every evaluation, but in "offload" once for all
+        of them, whose last frames need a walk each.
+        """
+        chunks = codes // self.chunk_codes
+        return chunks + 1 + self.evaluations if self.mode == "offload" else self.evaluations * (chunks + 2)
+
+
+@dataclass(frozen=True)
 class SoundShape:
-    """token2wav. The DiT: hidden size, feed-forward size, layers, frames per block, how many of its layers look a
-    block back and ahead. BigVGAN: its widest layer in elements, and its operations, per mel frame. `repeats` mel
-    frames are one code."""
+    """token2wav. The DiT: hidden size, feed-forward size, layers, heads, frames per block, how many of its layers look
+    a block back and ahead. The speaker encoder: what it holds per mel frame of a voice. BigVGAN: its widest layer in
+    elements, and its operations, per mel frame. `repeats` mel frames are one code."""
 
     hidden: int
     ff: int
     layers: int
+    heads: int
     block_frames: int
     back_layers: int
     ahead_layers: int
     repeats: int
+    speaker_elements_per_frame: int
     vocoder_elements_per_frame: int
     vocoder_flops_per_frame: int = 0
 
-    def state_bytes(self, evaluations: int) -> int:
-        """What is kept between chunks, however long the speech. 7B, nine evaluations: 22.6 MiB.
+    def constants_bytes(self, evaluations: int) -> int:
+        """What conditioning leaves: for each ODE evaluation each layer's six modulations, and two for the output."""
+        return evaluations * (6 * self.layers + 2) * self.hidden * TOKEN2WAV_WIDTH_BYTES
 
-        Per ODE evaluation, for two branches of guidance, a block's keys and values at the layers that look back, and
-        residual, q, k, v at those that look ahead; each layer's six modulations, and two for the output. The
-        vocoder's tails together are worth 200 frames of its widest layer (4.6 MB, as traced).
+    def conditioning_bytes(self, voice_frames: int, evaluations: int) -> int:
+        """What conditioning computes with: a voice in the speaker encoder beside the constants, and these once more."""
+        encoding = voice_frames * self.speaker_elements_per_frame * TOKEN2WAV_WIDTH_BYTES
+        return encoding + 2 * self.constants_bytes(evaluations)
+
+    def state_bytes(self, decoding: Decoding) -> int:
+        """What is kept between chunks, however long the speech. 7B, exactly: 25.4 MB, in "balanced" 18.0 MB.
+
+        The constants; per evaluation the border of the DiT's layers, and, but for cached modes, frames that wait: a
+        block, and in "offload" the chunk that the evaluation before gave. The vocoder's tails together are worth 230
+        frames of its widest layer (5.3 MB, as traced).
         """
-        block = 2 * self.block_frames * self.hidden * (2 * self.back_layers + 4 * self.ahead_layers)
-        modulations = (6 * self.layers + 2) * self.hidden
-        return (evaluations * (block + modulations) + 200 * self.vocoder_elements_per_frame) * TOKEN2WAV_WIDTH_BYTES
+        tails = 230 * self.vocoder_elements_per_frame * TOKEN2WAV_WIDTH_BYTES
+        return self.constants_bytes(decoding.evaluations) + self._border_bytes(decoding) + tails
 
-    def activation_bytes(self, codes: int, evaluations: int) -> int:
-        """A chunk of `codes` in the DiT or in the vocoder, whichever is larger; they take turns.
+    def activation_bytes(self, decoding: Decoding) -> int:
+        """A chunk in the DiT or in the vocoder, whichever is larger; they take turns.
 
-        At the end of the speech, the block that waited in each evaluation and the newest one come at once, so fewer
-        frames than theirs are never planned; the vocoder's receptive field holds back 34 more. DiT, per frame and
-        branch of guidance: residual, norm, q, k, v and attention (6h), the feed-forward product before and after its
-        activation (2f). Vocoder, per frame, in an anti-aliased activation of its widest layer: the residual, the
-        running sum of three branches, and, at twice the rate, input, sine, square and scaled square (10 layers, as
-        traced), and two more to join the chunk to its tail.
+        At the end of an exact speech the blocks that waited in each evaluation come together, the last of them with the
+        newest one; what they waited in is free then. The vocoder's receptive field holds back 34 frames more. Per
+        frame, in an anti-aliased activation of its widest layer: the residual, the running sum of three branches, and,
+        at twice the rate, input, sine, square and scaled square (10 layers, as traced), and two more to join the chunk
+        to its tail.
         """
-        frames = max(codes * self.repeats, self.block_frames * (evaluations + 1)) + 34
-        dit = 2 * (6 * self.hidden + 2 * self.ff)
-        return frames * max(dit, 12 * self.vocoder_elements_per_frame) * TOKEN2WAV_WIDTH_BYTES
+        chunk_frames = decoding.chunk_codes * self.repeats
+        at_once_bytes = self._frames_at_once(decoding) * self._frame_bytes
+        end_bytes = 0
+        if decoding.mode == "exact":
+            ending_frames = self.block_frames * (decoding.evaluations + 1)
+            end_bytes = ending_frames * self._frame_bytes - self._border_bytes(decoding)
+        vocoder_bytes = (chunk_frames + 34) * 12 * self.vocoder_elements_per_frame * TOKEN2WAV_WIDTH_BYTES
+        return max(at_once_bytes, end_bytes, vocoder_bytes)
+
+    def _frames_at_once(self, decoding: Decoding) -> int:
+        """The frames that go through a layer of the DiT together."""
+        chunk_frames = decoding.chunk_codes * self.repeats
+        if decoding.mode == "offload":
+            return decoding.evaluations * chunk_frames + self.block_frames
+        return chunk_frames + decoding.ahead_codes * self.repeats
+
+    @property
+    def _frame_bytes(self) -> int:
+        """A frame in the DiT, for two branches of guidance, where a layer attends to two blocks: rows and those that
+        waited (3h), q, k, v as they came and joined to what waited (6h), each block of q with two blocks of k and v
+        (5h), and, where torch spells attention out, scaled q and k (3h) and scores. 7B: 164 KB; half precision saves
+        next to nothing, for that is spelled out in float32. Beside it a wide feed-forward is narrow.
+        """
+        scores = 4 * self.heads * 2 * self.block_frames
+        return 2 * max(17 * self.hidden + scores, 6 * self.hidden + 2 * self.ff) * TOKEN2WAV_WIDTH_BYTES
+
+    def _border_bytes(self, decoding: Decoding) -> int:
+        """What each evaluation remembers. For two branches, at the layers that look back a block's keys and values; in
+        exact modes at those that look ahead a block's rows, q, k and v; and frames that wait, with their code rows.
+        Cached modes have one such queue for all evaluations: the chunk and its look-ahead.
+        """
+        queued_frame_bytes = (self.hidden + _NOISE_AND_TURN) * TOKEN2WAV_WIDTH_BYTES
+        per_row_bytes = 2 * self.back_layers * decoding.layer_bytes
+        if decoding.ahead_codes:
+            waiting_bytes = self._frames_at_once(decoding) * queued_frame_bytes
+            return decoding.evaluations * 2 * self.block_frames * self.hidden * per_row_bytes + waiting_bytes
+        per_row_bytes += self.ahead_layers * (3 * decoding.layer_bytes + TOKEN2WAV_WIDTH_BYTES)
+        waiting = self.block_frames
+        if decoding.mode == "offload":
+            waiting += decoding.chunk_codes * self.repeats
+        border_bytes = 2 * self.block_frames * self.hidden * per_row_bytes
+        return decoding.evaluations * (border_bytes + waiting * queued_frame_bytes)
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Everything a plan needs to know about a checkpoint.
 
-    `components` maps audio_tower, visual, thinker, lm_head and, if the checkpoint speaks, talker, dit and bigvgan to
-    their blocks in order of use: one per layer and, last, the rest. `host_bytes` are the tables that stay behind, as
-    stored. `width_bytes` is the compute dtype's; token2wav has its own.
+    `components` maps audio_tower, visual, thinker, lm_head and, if the checkpoint speaks, talker, dit_conditioning, dit
+    and bigvgan to their blocks in order of use: one per layer and, last, the rest. `host_bytes` are the tables that
+    stay behind, as stored. `width_bytes` is the compute dtype's; token2wav has its own, and `half_dit` is what the
+    DiT's blocks would be with layers in 16 bits.
     """
 
     components: Mapping[str, tuple[BlockSize, ...]]
@@ -234,6 +319,13 @@ class Footprint:
     audio: AudioShape
     talker: DecoderShape | None = None
     sound: SoundShape | None = None
+    half_dit: tuple[BlockSize, ...] = ()
+
+    def speaking_in(self, dtype: SpeechDtype) -> Footprint:
+        """The footprint when the DiT's layers are of that dtype."""
+        if not self.speaks or DIT_LAYER_WIDTH_BYTES[dtype] == TOKEN2WAV_WIDTH_BYTES:
+            return self
+        return replace(self, components={**self.components, "dit": self.half_dit})
 
     @property
     def speaks(self) -> bool:
@@ -255,18 +347,13 @@ def read_footprint(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any
     CheckpointError for a tensor of no known component and for sizes that the config does not give.
     """
     speaks = bool(config.get("enable_audio_output", True)) and ON_HOST[1] in tensors
+    wanted = {name: tensor for name, tensor in tensors.items() if speaks or _component_of(name) not in _SPEECH}
     sizes: dict[str, dict[str, int]] = {name: {} for name in _PREFIXES if speaks or name not in _SPEECH}
-    for name, tensor in tensors.items():
-        component = _component_of(name)
-        if name not in ON_HOST and component in sizes:
-            block = _block_of(name, component)
-            width = TOKEN2WAV_WIDTH_BYTES if component in ("dit", "bigvgan") else width_bytes
-            # Beside every scale of compressed-tensors lies half a byte of zero point on the device, stored or not.
-            width += name.endswith(".weight_scale")
-            sizes[component][block] = sizes[component].get(block, 0) + _device_bytes(tensor, width)
+    sizes |= _sizes(wanted, width_bytes)
     if not sizes["lm_head"] and ON_HOST[0] in tensors:  # tied to the embedding, which itself stays on the host
         sizes["lm_head"]["lm_head"] = _device_bytes(tensors[ON_HOST[0]], width_bytes)
     _require_complete(sizes)
+    dit = {name: tensor for name, tensor in wanted.items() if _component_of(name) == "dit"}
     return Footprint(
         components={name: tuple(_in_order(blocks)) for name, blocks in sizes.items()},
         host_bytes=sum(tensors[name].n_bytes for name in ON_HOST if name in tensors),
@@ -276,13 +363,35 @@ def read_footprint(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any
         audio=_audio_shape(config),
         talker=_decoder_shape(config, "talker_config", len(sizes["talker"]) - 1) if speaks else None,
         sound=_sound_shape(config) if speaks else None,
+        half_dit=tuple(_in_order(_sizes(dit, width_bytes, DIT_LAYER_WIDTH_BYTES["float16"]).get("dit", {}))),
     )
+
+
+def _sizes(
+    tensors: Mapping[str, StoredTensor], width_bytes: int, dit_layer_bytes: int = TOKEN2WAV_WIDTH_BYTES
+) -> dict[str, dict[str, int]]:
+    """Bytes on the device by component and block; float tensors of the DiT's layers have a width of their own."""
+    sizes: dict[str, dict[str, int]] = {}
+    for name, tensor in tensors.items():
+        if name in ON_HOST:
+            continue
+        component = _component_of(name)
+        block = _block_of(name, component)
+        width = TOKEN2WAV_WIDTH_BYTES if component in _TOKEN2WAV else width_bytes
+        if component == "dit" and not block.endswith(".rest"):
+            width = dit_layer_bytes
+        # Beside every scale of compressed-tensors lies half a byte of zero point on the device, stored or not.
+        width += name.endswith(".weight_scale")
+        blocks = sizes.setdefault(component, {})
+        blocks[block] = blocks.get(block, 0) + _device_bytes(tensor, width)
+    return sizes
 
 
 def _component_of(name: str) -> str:
     for component, prefix in _PREFIXES.items():
         if name.startswith(prefix):
-            return component
+            is_stepped = component == "dit_conditioning" and not _CONDITIONING.match(name, len(prefix))
+            return "dit" if is_stepped else component
     raise CheckpointError(
         f"tensor {name} belongs to no part of a Qwen2.5-Omni",
         tensor=name,
@@ -366,13 +475,23 @@ def _sound_shape(config: Mapping[str, Any]) -> SoundShape:
         hidden=hidden,
         ff=hidden * _number(config, f"{path}.ff_mult", 2),
         layers=_number(config, f"{path}.num_hidden_layers", _number(config, f"{path}.depth", 22)),
+        heads=_number(config, f"{path}.num_attention_heads", _number(config, f"{path}.heads", 16)),
         block_frames=_number(config, f"{path}.block_size", 24),
         back_layers=len(dit.get("look_backward_layers", (0, 20))),
         ahead_layers=len(dit.get("look_ahead_layers", (10,))),
         repeats=_number(config, f"{path}.repeats", 2),
+        speaker_elements_per_frame=_speaker_elements(dit),
         vocoder_elements_per_frame=max(channels * positions for channels, positions in _vocoder_layers(vocoder)),
         vocoder_flops_per_frame=_vocoder_flops(vocoder),
     )
+
+
+def _speaker_elements(dit: Mapping[str, Any]) -> int:
+    """Of the speaker encoder (ECAPA-TDNN) where it pools over time, per mel frame: the mel as it came, turned and
+    padded, all layers' results but the last, and of the last layer's width its result, the spread mean and deviation,
+    weights and products (9.1 in all, as traced)."""
+    *earlier, last = dit.get("enc_channels", (256, 256, 256, 256, 768))
+    return 3 * int(dit.get("mel_dim", 80)) + sum(earlier) + 91 * int(last) // 10
 
 
 def _vocoder_layers(vocoder: Mapping[str, Any]) -> Iterator[tuple[int, int]]:

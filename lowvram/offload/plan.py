@@ -16,7 +16,7 @@ from .ahead import with_prefetch
 from .budget import MIB, Budget
 from .footprint import Footprint
 from .placement import STREAM_SLOTS, HostTier, Phase, Placement, Plan, evenly_spaced
-from .prices import COMPONENTS, PREFILL_STAGES, Prices, Turn
+from .prices import COMPONENTS, ONCE, PREFILL_STAGES, Prices, Turn
 from .ram import choose_tiers, host_bytes
 from .refusal import refuse_ram, refuse_vram, suggestions
 from .search import Choice, best_choice, leanest_choice
@@ -45,7 +45,14 @@ SLACK_BYTES = 98 * MIB
 
 NO_LIMIT_BYTES = 2**63
 
-VERBS = {"audio_tower": "hear", "visual": "see", "thinker": "think", "talker": "talk", "token2wav": "sound"}
+VERBS = {
+    "conditioning": "condition",
+    "audio_tower": "hear",
+    "visual": "see",
+    "thinker": "think",
+    "talker": "talk",
+    "token2wav": "sound",
+}
 
 
 def plan_memory(
@@ -68,12 +75,12 @@ def plan_memory(
     """
     if turn.codes and not footprint.speaks:
         raise OptionError("speech was asked for, but this checkpoint has no talker", hint="--no-speech")
-    task = _Task(Prices(footprint, limits, turn), device, over, begun)
+    task = _Task(_prices(footprint, limits, turn), device, over, begun)
     if budget.ram_bytes is not None and task.host_bytes > budget.ram_bytes:
         raise refuse_ram(turn, task.host_bytes, budget.ram_bytes)
     budget_bytes = task.device_budget_bytes(budget)
     room_bytes = NO_LIMIT_BYTES if budget_bytes is None else budget_bytes - task.reserve_bytes
-    choice = best_choice(task.prices, task.stages, room_bytes, begun)
+    choice = best_choice(task.prices, task.stages, room_bytes, task.first)
     if choice is None:
         assert budget_bytes is not None
         raise _refusal(task, budget_bytes)
@@ -82,7 +89,11 @@ def plan_memory(
 
 def smallest_budget_bytes(footprint: Footprint, limits: Limits, turn: Turn, *, device: str = "cuda") -> int:
     """The least VRAM in which `turn` runs: one stage at a time, everything streamed that can be, smallest chunks."""
-    return _Task(Prices(footprint, limits, turn), device).smallest_budget_bytes
+    return _Task(_prices(footprint, limits, turn), device).smallest_budget_bytes
+
+
+def _prices(footprint: Footprint, limits: Limits, turn: Turn) -> Prices:
+    return Prices(footprint.speaking_in(turn.speech_dtype), limits, turn)
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,11 @@ class _Task:
     device: str
     over: Set[str] = frozenset()
     begun: tuple[str, ...] = ()
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """The stages of the first phase, where that is settled; what is needed only once is a phase of its own."""
+        return self.begun or tuple(stage for stage in self.stages if stage == ONCE)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -115,7 +131,7 @@ class _Task:
 
     @property
     def leanest_phases(self) -> tuple[Phase, ...]:
-        return phases_of(self.prices, leanest_choice(self.prices, self.stages, self.begun))
+        return phases_of(self.prices, leanest_choice(self.prices, self.stages, self.first))
 
     @property
     def smallest_budget_bytes(self) -> int:
@@ -198,7 +214,7 @@ def _refusal(task: _Task, budget_bytes: int) -> InfeasibleBudgetError:
     binding = max(task.leanest_phases, key=lambda phase: phase.peak_bytes)
 
     def needed_bytes(turn: Turn) -> int:
-        return replace(task, prices=replace(prices, turn=turn)).smallest_budget_bytes
+        return replace(task, prices=_prices(prices.footprint, prices.limits, turn)).smallest_budget_bytes
 
     savings = [] if task.over or task.begun else suggestions(prices.turn, task.smallest_budget_bytes, needed_bytes)
     return refuse_vram(prices.turn, binding, task.reserve_bytes, budget_bytes, savings)

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..options import KVPrecision, Limits
-from .footprint import BlockSize, Footprint
+from ..options import KVPrecision, Limits, SpeechDtype, SpeechMode
+from .footprint import BlockSize, Decoding, Footprint
 from .placement import STREAM_SLOTS, evenly_spaced
 
 COMPONENTS = {
+    "conditioning": ("dit_conditioning",),
     "audio_tower": ("audio_tower",),
     "visual": ("visual",),
     "thinker": ("thinker", "lm_head"),
@@ -23,8 +24,13 @@ COMPONENTS = {
 }
 """The components that each stage computes with, stages in the order of a turn."""
 
-STREAMABLE = ("audio_tower", "visual", "thinker", "talker")
-"""Components of many blocks; the others are one block, and to stream them would save nothing."""
+STREAMABLE = ("audio_tower", "visual", "thinker", "talker", "dit")
+"""Components of many blocks, each the first of its stage; the others are one block, and to stream them would save
+nothing."""
+
+ONCE = "conditioning"
+"""The stage whose results serve all turns after it: its weights never stay, and it has a phase of its own, so that
+nothing else is short of room for them."""
 
 PREFILL_STAGES = ("thinker", "talker")
 """Stages that read the prompt, in chunks of the same size."""
@@ -48,9 +54,13 @@ class Turn:
     `visual_patches` is the largest image or temporal patch (a pair of frames), in patches of 14 x 14 pixels before
     merging; `visuals` how many images and temporal patches there are in all. `grids`, (times, height, width) of each
     visual in such patches, says the same more exactly where it is known: how many are seen at once, and in how many
-    passes. `text_tokens` and `codes` are the most that may be written; 0 codes is a turn without speech.
-    `speech_chunk_codes` and `ode_evaluations` say how speech is decoded (a chunk of 0.96 s, ten Euler points), `kv`
-    how the caches of thinker and talker store a number.
+    passes. `text_tokens` and `codes` are the most that may be written; 0 codes is a turn without speech. `kv` is how
+    the caches of thinker and talker store a number.
+
+    How speech is decoded (unless said otherwise: exactly, in chunks of 0.96 s, on ten Euler points): the codes of a
+    chunk and those that a chunk is solved with and that will be solved again, the codes that sound waits for, and the
+    dtype of the DiT's layers. `voice_frames` (10 ms each) are the most that a voice's sample has; of one that
+    `is_conditioned` all that the DiT needs is there from an earlier turn.
     """
 
     prompt_tokens: int
@@ -61,6 +71,12 @@ class Turn:
     audio_windows: int = 0
     speech_chunk_codes: int = 48
     ode_evaluations: int = 9
+    speech_mode: SpeechMode = "exact"
+    speech_ahead_codes: int = 0
+    first_sound_codes: int = 144
+    speech_dtype: SpeechDtype = "float32"
+    voice_frames: int = 1000
+    is_conditioned: bool = False
     grids: tuple[Grid, ...] = ()
     kv: KVPrecision = "16bit"
 
@@ -72,9 +88,17 @@ class Turn:
             assert self.visuals == sum(times for times, _, _ in self.grids), self
 
     @property
+    def decoding(self) -> Decoding:
+        """How its speech is decoded."""
+        return Decoding(
+            self.speech_mode, self.ode_evaluations, self.speech_chunk_codes, self.speech_ahead_codes, self.speech_dtype
+        )
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """The stages this turn needs, in order."""
         needed = {
+            "conditioning": self.codes > 0 and not self.is_conditioned,
             "audio_tower": self.audio_windows > 0,
             "visual": self.visuals > 0,
             "thinker": True,
@@ -185,8 +209,10 @@ class Prices:
                 )
             case "thinker" | "talker":
                 return _halvings(limits.prefill_chunk_tokens, SMALLEST_PREFILL_TOKENS, turn.prompt_tokens)
-            case _:
+            case "token2wav":
                 return (turn.speech_chunk_codes,)
+            case _:
+                return (1,)
 
     def passes(self, stage: str, chunk: int) -> int:
         """How often a turn walks the stage's layers, at most; all its sound counts as one recording."""
@@ -200,6 +226,8 @@ class Prices:
                 return -(-turn.prompt_tokens // chunk) + turn.text_tokens
             case "talker":
                 return -(-turn.prompt_tokens // chunk) + turn.codes
+            case "token2wav":
+                return turn.decoding.walks(turn.codes)
             case _:
                 return 1
 
@@ -228,9 +256,12 @@ class Prices:
                 shape = footprint.thinker if stage == "thinker" else footprint.talker
                 assert shape
                 return shape.activation_bytes(prefill_tokens, width_bytes, turn.kv, self.cache_tokens(stage))
+            case "conditioning":
+                assert footprint.sound
+                return footprint.sound.conditioning_bytes(turn.voice_frames, turn.ode_evaluations)
             case _:
                 assert footprint.sound
-                return footprint.sound.activation_bytes(chunk, turn.ode_evaluations)
+                return footprint.sound.activation_bytes(turn.decoding)
 
     def state_bytes(self, stages: Sequence[str]) -> int:
         """What stages of a phase keep between steps, whichever of them is computing."""
@@ -238,7 +269,7 @@ class Prices:
         kept = {"thinker": footprint.thinker.state_bytes(footprint.width_bytes)}
         if footprint.talker and footprint.sound:
             kept["talker"] = footprint.talker.state_bytes(footprint.width_bytes)
-            kept["token2wav"] = footprint.sound.state_bytes(self.turn.ode_evaluations)
+            kept["token2wav"] = footprint.sound.state_bytes(self.turn.decoding)
         return sum(kept.get(stage, 0) for stage in stages)
 
     def _holdings(self, component: str, passes: int) -> Sequence[Holding]:

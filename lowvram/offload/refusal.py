@@ -78,6 +78,8 @@ def _lesser_turns(turn: Turn) -> Iterator[tuple[str, Turn]]:
         yield "half the --fps", _with_grids(turn, [(-(-t // 2), h, w) for t, h, w in turn.grids])
     if turn.kv == "16bit":
         yield "--kv int8", replace(turn, kv="int8")
+    if turn.codes and turn.speech_dtype == "float32":
+        yield "--speech-dtype float16", replace(turn, speech_dtype="float16")
     if turn.text_tokens > 1:
         yield f"--max-tokens {turn.text_tokens // 2}", replace(turn, text_tokens=turn.text_tokens // 2)
     if turn.codes > 1:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, groupby, pairwise, product
 
-from .prices import COMPONENTS, Prices, Way
+from .prices import COMPONENTS, ONCE, Prices, Way
 
 Run = tuple[str, ...]
 """Neighbouring stages."""
@@ -178,17 +178,19 @@ class _Shelf:
 
     @classmethod
     def of(cls, prices: Prices, stages: Run) -> _Shelf:
-        components = tuple(c for stage in stages for c in COMPONENTS[stage])
+        own = {stage: COMPONENTS[stage] if stage != ONCE else () for stage in stages}
+        components = tuple(chain.from_iterable(own.values()))
         sizes = [prices.footprint.component_bytes(c) for c in components]
         sets = range(2 ** len(sizes))
         bytes_of = tuple(sum(n_bytes for i, n_bytes in enumerate(sizes) if mask >> i & 1) for mask in sets)
-        mask_of = {stage: sum(1 << components.index(c) for c in COMPONENTS[stage]) for stage in stages}
+        mask_of = {stage: sum(1 << components.index(c) for c in own[stage]) for stage in stages}
         return cls(components, mask_of, bytes_of, tuple(sorted(sets, key=lambda mask: -bytes_of[mask])))
 
     def most(self, ways: Mapping[str, Way], rooms: Sequence[tuple[Run, int]]) -> frozenset[str]:
         """The most bytes of whole components that fit everywhere: one that stays costs its bytes in every phase but
         its own, where it would be anyway."""
-        streamed = sum(1 << self.components.index(stage) for stage, way in ways.items() if not way.is_whole)
+        streaming = (COMPONENTS[stage][0] for stage, way in ways.items() if not way.is_whole)
+        streamed = sum(1 << self.components.index(c) for c in streaming if c in self.components)
         phases = [(~sum(self.mask_of[stage] for stage in run), left_bytes) for run, left_bytes in rooms]
         stays = next(
             mask

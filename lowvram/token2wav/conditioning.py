@@ -1,4 +1,4 @@
-"""What the DiT hears besides codes: a voice and the solver's times, worked out once for a whole utterance.
+"""What the DiT hears besides codes: a voice and the solver's times, worked out once and kept for every utterance.
 
 Time, speaker and modulation layers see neither codes nor frames. So 575 MB of their weights (7B, float32) come down
 to 4.9 MB of results for 9 evaluations, and are not needed again.
@@ -7,16 +7,21 @@ to 4.9 MB of results for 9 evaluations, and are not needed again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..flow import Weights
-from .layers import layer_blocks
-from .ode import Stage
+from ..errors import CheckpointError
+from ..flow import Attempt, at_once
+from ..options import Solver, SpeechParams
+from .ode import Stage, solver_stages, time_grid
+
+MOST_KEPT = 4
+"""Conditionings on the host: an application has few voices, and most use one."""
 
 _UNGUIDED_BELOW = 1e-5
 """Guidance under which the reference leaves the null branch out."""
@@ -53,26 +58,84 @@ class Conditioning:
         held = (self.speaker_vectors, self.x_vectors, self.modulations, self.out_modulations)
         return sum(tensor.nbytes for tensor in held)
 
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on another device."""
+        return replace(
+            self,
+            speaker_vectors=self.speaker_vectors.to(device),
+            x_vectors=self.x_vectors.to(device),
+            modulations=self.modulations.to(device),
+            out_modulations=self.out_modulations.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that a `Conditioning` depends on, for one checkpoint."""
+
+    voice: str
+    solver: Solver
+    steps: int
+    guidance: float
+
+    @classmethod
+    def of(cls, voice: str, params: SpeechParams) -> Setting:
+        return cls(voice, params.solver, params.steps, params.guidance)
+
+
+class Conditionings:
+    """The latest few that were made, on the host, by their setting."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Setting, Conditioning] = {}
+
+    def __contains__(self, setting: Setting) -> bool:
+        return setting in self._kept
+
+    def __getitem__(self, setting: Setting) -> Conditioning:
+        return self._kept[setting]
+
+    def keep(self, setting: Setting, made: Conditioning) -> None:
+        """Keep one more; the oldest beyond `MOST_KEPT` goes."""
+        self._kept[setting] = made
+        while len(self._kept) > MOST_KEPT:
+            del self._kept[next(iter(self._kept))]
+
+
+def condition(
+    dit: AbstractContextManager[nn.Module],
+    speaker: Speaker,
+    params: SpeechParams,
+    *,
+    attempt: Attempt = at_once,
+) -> Conditioning:
+    """What `params` and a voice condition the DiT with, on the host, to decode any number of utterances.
+
+    `dit` brings the weights that `prepare` reads. Raises `CheckpointError` for a voice that was made for another DiT.
+    """
+    stages = solver_stages(params.solver, time_grid(params.steps))
+
+    def step() -> Conditioning:
+        with dit as module:
+            _check_voice(speaker, module)
+            return prepare(module, speaker, stages, guidance=params.guidance).to(torch.device("cpu"))
+
+    return attempt(step)
+
 
 @torch.no_grad()
-def prepare(
-    dit: nn.Module, speaker: Speaker, stages: Sequence[Stage], *, guidance: float, layers: Weights | None = None
-) -> Conditioning:
+def prepare(dit: nn.Module, speaker: Speaker, stages: Sequence[Stage], *, guidance: float) -> Conditioning:
     """Condition `Qwen2_5OmniToken2WavDiTModel` on a voice and a solver.
 
     Of its weights only `time_embed`, `input_embed.spk_encoder`, `norm_out` and each decoder layer's `attn_norm` are
-    read; their dtype is the stream's: float32, or float64 to test. `layers` brings the decoder layers where they are
-    blocks of their own.
+    read; their dtype is the stream's: float32, or float64 to test.
     """
     assert not dit.training, "dropout would be heard: call eval() on the DiT"
     reference: Any = dit
     like = reference.norm_out.linear.weight
     times = torch.tensor([stage.time for stage in stages], dtype=like.dtype, device=like.device)
     embedding = F.silu(reference.time_embed(times))
-    modulations: list[Tensor] = []
-    for block in layer_blocks(reference, layers):
-        with block as layer:
-            modulations.append(layer.get_submodule("attn_norm.linear")(embedding).unflatten(-1, (6, -1)))
+    modulations = [layer.attn_norm.linear(embedding).unflatten(-1, (6, -1)) for layer in reference.transformer_blocks]
     guided = guidance >= _UNGUIDED_BELOW
     return Conditioning(
         stages=tuple(stages),
@@ -87,3 +150,15 @@ def prepare(
 def _with_silence(voice: Tensor, guided: bool, encode: nn.Module) -> Tensor:
     """What `encode` makes of a voice and, for the null branch, of zeros in its place: [G, ...]."""
     return torch.cat([encode(heard) for heard in (voice, torch.zeros_like(voice))[: 1 + guided]])
+
+
+def _check_voice(speaker: Speaker, dit: nn.Module) -> None:
+    config: Any = dit.config
+    cond, ref_mel = tuple(speaker.cond.shape), tuple(speaker.ref_mel.shape)
+    frames = ref_mel[1] if len(ref_mel) == 3 else 0
+    if frames < 1 or cond != (1, config.enc_emb_dim) or ref_mel != (1, frames, config.mel_dim):
+        raise CheckpointError(
+            f"the voice has cond {list(cond)} and ref_mel {list(ref_mel)}, but this model's voices have"
+            f" [1, {config.enc_emb_dim}] and [1, T, {config.mel_dim}]",
+            hint="take spk_dict.pt from the same checkpoint as the weights",
+        )

@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, OptionError
 from ..flow import Attempt, Weights, at_once
 from ..options import SpeechParams
-from .conditioning import Speaker, prepare
+from .conditioning import Conditioning
 from .dit import CachedDiT, StreamingDiT, SystolicDiT, WavefrontDiT
-from .ode import solver_stages, time_grid
 from .vocoder import StreamingVocoder
 from .windows import MEL_FRAMES_PER_CODE, Chunks, arrivals_codes, chunk_codes
 
@@ -35,7 +33,7 @@ def decode_speech(
     codes: Iterable[int],
     dit: Block,
     bigvgan: Block,
-    speaker: Speaker,
+    conditioning: Conditioning,
     params: SpeechParams,
     *,
     seed: int,
@@ -47,13 +45,11 @@ def decode_speech(
     A piece follows every code drawn, so that a caller can attend to other things in between; most are empty. Decoding
     happens every `params.chunk_s` of codes, and its piece is what has become final. `dit` and `bigvgan` give the
     reference's modules in eval mode; they are entered for each step and left before anything is yielded. `layers`
-    brings the DiT's decoder layers where they are blocks of their own. `seed` fixes the noise, and with it the sound,
-    whatever the chunks. Closing the generator lets go of all state.
-
-    Raises `CheckpointError` for a voice that was made for another DiT, `OptionError` where its layers are not in
-    `params.dtype`.
+    brings the DiT's decoder layers where they are blocks of their own; they compute in the precision they come in.
+    `conditioning` was made for `params`; it may be on the host. `seed` fixes the noise, and with it the sound, whatever
+    the chunks. Closing the generator lets go of all state.
     """
-    mel = attempt(partial(_open, dit, partial(_open_dit, speaker=speaker, params=params, seed=seed, layers=layers)))
+    mel = attempt(partial(_open, dit, partial(_open_dit, heard=conditioning, params=params, seed=seed, layers=layers)))
     sound = attempt(partial(_open, bigvgan, StreamingVocoder))
     solve, vocode = partial(_step, attempt, dit, mel), partial(_step, attempt, bigvgan, sound)
     arrivals = arrivals_codes(params.mode, params.chunk_s)
@@ -76,13 +72,10 @@ def decode_speech(
 
 
 def _open_dit(
-    dit: nn.Module, speaker: Speaker, params: SpeechParams, *, seed: int, layers: Weights | None = None
+    dit: nn.Module, heard: Conditioning, params: SpeechParams, *, seed: int, layers: Weights | None = None
 ) -> StreamingDiT:
-    """One utterance of `speaker` through the DiT, the way `params.mode` names. Its weights are in place."""
-    _check_voice(speaker, dit)
-    _check_dtype(dit, params)
-    stages = solver_stages(params.solver, time_grid(params.steps))
-    conditioning = prepare(dit, speaker, stages, guidance=params.guidance, layers=layers)
+    """One utterance through the DiT, the way `params.mode` names. The weights of its two ends are in place."""
+    conditioning = heard.to(dit.get_parameter("proj_out.weight").device)
     match params.mode:
         case "exact":
             return WavefrontDiT(dit, conditioning, seed=seed, layers=layers)
@@ -112,24 +105,3 @@ def _step(
 
 def _on_host(samples: Tensor) -> np.ndarray:
     return samples.float().cpu().numpy()
-
-
-def _check_voice(speaker: Speaker, dit: nn.Module) -> None:
-    config: Any = dit.config
-    cond, ref_mel = tuple(speaker.cond.shape), tuple(speaker.ref_mel.shape)
-    frames = ref_mel[1] if len(ref_mel) == 3 else 0
-    if frames < 1 or cond != (1, config.enc_emb_dim) or ref_mel != (1, frames, config.mel_dim):
-        raise CheckpointError(
-            f"the voice has cond {list(cond)} and ref_mel {list(ref_mel)}, but this model's voices have"
-            f" [1, {config.enc_emb_dim}] and [1, T, {config.mel_dim}]",
-            hint="take spk_dict.pt from the same checkpoint as the weights",
-        )
-
-
-def _check_dtype(dit: nn.Module, params: SpeechParams) -> None:
-    stored = str(dit.get_parameter("transformer_blocks.0.attn.to_q.weight").dtype).removeprefix("torch.")
-    if stored != params.dtype:
-        raise OptionError(
-            f"speech in {params.dtype} was asked for, but the DiT's layers are in {stored}",
-            hint=f"dtype {stored!r}, or load them so",
-        )

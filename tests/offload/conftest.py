@@ -143,8 +143,22 @@ def talker() -> Iterator[tuple[str, Header]]:
 
 
 def token2wav() -> Iterator[tuple[str, Header]]:
-    """One tensor each of the published sizes: 333.6 M and 115.4 M parameters."""
-    yield "token2wav.code2wav_dit_model.transformer_blocks.0.ff.ff.0.weight", Header("F16", (333_600_000,))
+    """The DiT's 333.6 M parameters by what they are for, and BigVGAN's 115.4 M as one tensor."""
+    dit = "token2wav.code2wav_dit_model"
+    for layer in range(22):
+        block = f"{dit}.transformer_blocks.{layer}"
+        yield from dense(f"{block}.attn_norm.linear", 6144, 1024)
+        for linear in ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"):
+            yield from dense(f"{block}.{linear}", 1024, 1024)
+        yield from dense(f"{block}.ff.ff.0", 2048, 1024)
+        yield from dense(f"{block}.ff.ff.3", 1024, 2048)
+    yield from dense(f"{dit}.time_embed.time_mlp.0", 1024, 256)
+    yield from dense(f"{dit}.time_embed.time_mlp.2", 1024, 1024)
+    yield from dense(f"{dit}.input_embed.spk_encoder.fc", 864_640, 1)
+    yield from dense(f"{dit}.norm_out.linear", 2048, 1024)
+    yield from dense(f"{dit}.text_embed.codec_embed", 8194, 512, bias=False)
+    yield from dense(f"{dit}.input_embed.proj", 1024, 912)
+    yield from dense(f"{dit}.proj_out", 80, 1024)
     yield "token2wav.code2wav_bigvgan_model.conv_pre.weight", Header("F16", (115_400_000,))
 
 

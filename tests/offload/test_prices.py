@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from turns import CHAT, MINUTE, clip
 
-from lowvram.offload.footprint import BlockSize, Footprint
+from lowvram.offload.footprint import BlockSize, Decoding, Footprint
 from lowvram.offload.prices import Prices, Turn, holdings_of
 from lowvram.options import Limits
 
@@ -76,6 +76,6 @@ def test_what_is_read_once_is_held_whole_or_as_little_as_can_be(seven_b: Footpri
 def test_what_stages_remember_stays_while_others_compute(seven_b: Footprint):
     prices = Prices(seven_b, Limits(), MINUTE)
     assert seven_b.talker is not None and seven_b.sound is not None
-    kept = seven_b.talker.state_bytes(2) + seven_b.sound.state_bytes(9)
+    kept = seven_b.talker.state_bytes(2) + seven_b.sound.state_bytes(Decoding())
     assert prices.state_bytes(("talker", "token2wav")) == kept
     assert prices.state_bytes(("audio_tower", "visual")) == 0

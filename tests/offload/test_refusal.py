@@ -76,8 +76,14 @@ def test_a_pixel_bound_in_a_refusal_halves_a_frame(seven_b: Footprint):
 
 
 def test_silence_is_proposed_only_where_it_saves(seven_b: Footprint):
-    assert "--no-speech" in savings(refused(seven_b, 1, CHAT))
+    assert "--no-speech" in savings(refused(seven_b, 1, replace(CHAT, codes=40_000)))
     assert "--no-speech" not in savings(refused(seven_b, 4, MINUTE))
+
+
+def test_half_precision_is_proposed_where_sound_binds(seven_b: Footprint):
+    brief = replace(CHAT, prompt_tokens=1, text_tokens=1, codes=50, speech_chunk_codes=3000)
+    assert "--speech-dtype float16" in savings(refused(seven_b, 1, brief))
+    assert "--speech-dtype float16" not in savings(refused(seven_b, 1, replace(brief, speech_dtype="float16")))
 
 
 def test_what_saves_most_is_proposed_first(seven_b: Footprint):

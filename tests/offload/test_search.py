@@ -28,7 +28,9 @@ LIMITS = Limits(prefill_chunk_tokens=256, vision_chunk_patches=1024, audio_chunk
 TENTH = 100_000
 """A tenth of a megabyte, in which the sizes below are counted."""
 
-LAYERED = ("audio_tower", "visual", "thinker", "talker")
+LAYERED = ("audio_tower", "visual", "thinker", "talker", "dit")
+ONCE = "conditioning"
+"""The stage that shares the device with no other, and whose weights never stay."""
 
 
 def blocks(component: str, sizes: Sequence[int]) -> tuple[BlockSize, ...]:
@@ -38,11 +40,14 @@ def blocks(component: str, sizes: Sequence[int]) -> tuple[BlockSize, ...]:
 
 @st.composite
 def footprints(draw: st.DrawFn) -> Footprint:
-    """Checkpoints of up to five layers a stack, none of which need be alike; even of one layer, or of none."""
+    """Checkpoints of up to five layers a stack, none of which need be alike; even of one layer, or of none. The
+    DiT has three or none, or every way there is would take too long."""
     size = st.integers(1, 50).map(lambda n: n * TENTH)
+    one, few = size.map(lambda n: [n]), st.lists(size, min_size=4, max_size=4)
     few_or_many = st.one_of(st.lists(size, min_size=1, max_size=5), st.lists(size, min_size=5, max_size=5))
+    stacks = dict.fromkeys(LAYERED, few_or_many) | {"dit": st.one_of(one, few)}
     components = {
-        component: blocks(component, draw(few_or_many if component in LAYERED else size.map(lambda n: [n])))
+        component: blocks(component, draw(stacks.get(component, one)))
         for stage in COMPONENTS.values()
         for component in stage
     }
@@ -59,14 +64,33 @@ def small_checkpoint(components: dict[str, tuple[BlockSize, ...]]) -> Footprint:
         visual=VisionShape(hidden=32, intermediate=64, head_dim=8, patch_elements=1176),
         audio=AudioShape(hidden=32, ffn=64, mel_bins=128, window_frames=200),
         talker=decoder,
-        sound=SoundShape(32, 64, 2, block_frames=24, back_layers=1, ahead_layers=1, repeats=2,
-                         vocoder_elements_per_frame=64),
-    )  # fmt: skip
+        sound=SoundShape(
+            hidden=32,
+            ff=64,
+            layers=2,
+            heads=2,
+            block_frames=24,
+            back_layers=1,
+            ahead_layers=1,
+            repeats=2,
+            speaker_elements_per_frame=20,
+            vocoder_elements_per_frame=64,
+        ),
+    )
 
 
 turns = st.builds(
-    lambda prompt, text, codes, times, windows, kv: Turn(
-        prompt, text, codes, 256 * bool(times), times, windows, grids=((times, 16, 16),) if times else (), kv=kv
+    lambda prompt, text, codes, times, windows, kv, is_conditioned: Turn(
+        prompt,
+        text,
+        codes,
+        256 * bool(times),
+        times,
+        windows,
+        ode_evaluations=1,
+        grids=((times, 16, 16),) if times else (),
+        kv=kv,
+        is_conditioned=is_conditioned,
     ),
     st.integers(1, 600),
     st.integers(1, 20),
@@ -74,6 +98,7 @@ turns = st.builds(
     st.sampled_from([0, 1, 5]),
     st.sampled_from([0, 1, 3]),
     st.sampled_from(["16bit", "int8"]),
+    st.booleans(),
 )
 properties = settings(max_examples=60, deadline=None)
 
@@ -108,16 +133,18 @@ class Everything:
         for n in range(len(self.stages)):
             for chosen in combinations(range(1, len(self.stages)), n):
                 bounds = (0, *chosen, len(self.stages))
-                yield tuple(self.stages[a:b] for a, b in pairwise(bounds))
+                cut = tuple(self.stages[a:b] for a, b in pairwise(bounds))
+                if ONCE not in self.stages or cut[0] == (ONCE,):
+                    yield cut
 
     def picks(self, stage: str, prefill: int) -> list[Pick]:
         chunks = {"audio_tower": (2, 1), "visual": (1024, 512)}.get(stage, (prefill,))
-        layers = len(self.footprint.components[stage]) - 1 if stage in LAYERED else 0
+        layers = len(self.footprint.components[COMPONENTS[stage][0]]) - 1
         return [self.pick(stage, chunk, kept) for chunk in chunks for kept in range(layers + 1)]
 
     def pick(self, stage: str, chunk: int, kept: int) -> Pick:
         sizes = [[block.n_bytes for block in self.footprint.components[c]] for c in COMPONENTS[stage]]
-        layers, stays = sizes[0][:-1], evenly_spaced(len(sizes[0]) - 1, kept) if stage in LAYERED else ()
+        layers, stays = sizes[0][:-1], evenly_spaced(len(sizes[0]) - 1, kept)
         streamed = [n_bytes for i, n_bytes in enumerate(layers) if i not in stays]
         slots_bytes = min(STREAM_SLOTS, len(streamed)) * max(streamed, default=0)
         held_bytes = sum(map(sum, sizes)) - sum(streamed) + slots_bytes
@@ -131,6 +158,8 @@ class Everything:
         rows, read = -(-turn.prompt_tokens // chunk), min(chunk, turn.prompt_tokens)
         per_token = checkpoint.thinker.kv_bytes_per_token(2, turn.kv)
         match stage:
+            case "conditioning":
+                return 1, checkpoint.sound.conditioning_bytes(turn.voice_frames, turn.ode_evaluations), 0
             case "audio_tower":
                 heard = checkpoint.audio.activation_bytes(min(chunk, turn.audio_windows), 2)
                 return -(-turn.audio_windows // chunk), heard, 0
@@ -138,7 +167,7 @@ class Everything:
                 seen = checkpoint.visual.activation_bytes(min(chunk, 256 * turn.visuals), 2)
                 return -(-turn.visuals // (chunk // 256)), seen, 0
             case "token2wav":
-                return 1, checkpoint.sound.activation_bytes(turn.speech_chunk_codes, turn.ode_evaluations), 0
+                return turn.codes // 48 + 2, checkpoint.sound.activation_bytes(turn.decoding), 0
         steps, framing = (turn.text_tokens, 0) if stage == "thinker" else (turn.codes, 2)
         positions = turn.prompt_tokens + framing + steps
         prefilling = checkpoint.thinker.activation_bytes(read, 2, turn.kv, positions)
@@ -148,10 +177,12 @@ class Everything:
         """With the best choice of components that stay for good; None if not even none of them fits."""
         assert self.footprint.sound
         size = {c: self.footprint.component_bytes(c) for stage in self.stages for c in COMPONENTS[stage]}
-        stayable = [c for c in size if picks.get(c, (0, True))[1]]
+        streamed = [COMPONENTS[stage][0] for stage, pick in picks.items() if not pick[1]]
+        stayable = [c for c in size if c not in (*streamed, "dit_conditioning")]
         rooms = []
+        sound_bytes = self.footprint.sound.state_bytes(self.turn.decoding)
         for run in cut:
-            kept = {"thinker": 100 + 64 * 2, "talker": 100 + 64 * 2, "token2wav": self.footprint.sound.state_bytes(9)}
+            kept = {"thinker": 100 + 64 * 2, "talker": 100 + 64 * 2, "token2wav": sound_bytes}
             state_bytes = sum(kept.get(stage, 0) for stage in run)
             need = sum(picks[s][2] for s in run) + max(picks[s][3] for s in run) + state_bytes
             rooms.append(({c for stage in run for c in COMPONENTS[stage]}, budget_bytes - need))

@@ -19,12 +19,20 @@ from lowvram.offload.footprint import Footprint, read_footprint
 from lowvram.offload.meter import LiveBytes
 from lowvram.offload.plan import Placement, Plan, Turn, plan_memory
 from lowvram.offload.profile import PLANNED, TRACED, MemoryProfile
-from lowvram.options import Limits, SpeechParams
+from lowvram.options import Limits, SamplingParams, SpeechParams
 from lowvram.shapes import shipped_headers
 from lowvram.trace import trace_turn, traceable_model
+from lowvram.workload import turn_of
 
 BRIEF_SPEECH = SpeechParams(steps=3)
 """Two evaluations in place of nine: less work, and a plan that knows it. benchmarks/memory.py traces all nine."""
+
+BRIEF_WAYS = {
+    "offload": SpeechParams(steps=6, mode="offload"),
+    "balanced": SpeechParams(steps=3, mode="balanced", chunk_s=0.24),
+    "low-latency, half precision": SpeechParams(steps=3, mode="low-latency", dtype="float16"),
+}
+"""Other ways to decode speech than exactly and in single precision."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,14 @@ class Traceable:
     def plan(self, turn: Turn, vram: str | None) -> Plan:
         return plan_memory(self.footprint, Budget.of(vram), self.limits, turn)
 
-    def trace(self, turn: Turn, vram: str | None, ledger: LiveBytes | None = None) -> MemoryProfile:
-        return trace_turn(self.model, self.plan(turn, vram), turn, BRIEF_SPEECH, ledger=ledger)
+    def trace(
+        self,
+        turn: Turn,
+        vram: str | None,
+        speech: SpeechParams = BRIEF_SPEECH,
+        ledger: LiveBytes | None = None,
+    ) -> MemoryProfile:
+        return trace_turn(self.model, self.plan(turn, vram), turn, speech, ledger=ledger)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +80,8 @@ def tiny() -> Traceable:
 
 
 def spoken(seconds: int, **options: Any) -> Turn:
-    """A clip answered in text and speech."""
-    return clip(seconds, ode_evaluations=2, **options)
+    """A clip answered in text and speech, in a new voice."""
+    return clip(seconds, ode_evaluations=2, is_conditioned=False, **options)
 
 
 def written(seconds: int, **options: Any) -> Turn:
@@ -82,7 +96,7 @@ SMALL = spoken(5, grid=(8, 12), codes=64, text_tokens=8)
 def answered(tiny: Traceable) -> tuple[MemoryProfile, LiveBytes]:
     """A small turn's profile, and the ledger it was counted by."""
     ledger = LiveBytes("meta", explain=True)
-    return tiny.trace(SMALL, None, ledger), ledger
+    return tiny.trace(SMALL, None, ledger=ledger), ledger
 
 
 def ratios(profile: MemoryProfile) -> dict[str, float]:
@@ -107,6 +121,18 @@ def test_a_plan_is_never_below_what_the_code_holds_and_at_most_15_percent_above(
 ):
     profile = seven_b_awq.trace(turn, vram)
     assert all(1 <= ratio <= 1.15 for ratio in ratios(profile).values()), f"\n{profile}"
+
+
+@pytest.mark.parametrize("speech", BRIEF_WAYS.values(), ids=BRIEF_WAYS)
+def test_each_way_to_decode_speech_is_planned_as_it_runs(seven_b_awq: Traceable, speech: SpeechParams):
+    """What the DiT computes with and remembers is a small part of a phase, so it is held against its own plan."""
+    turn = turn_of(60, (), 0, SamplingParams(max_tokens=64), speech, "16bit")
+    traced = seven_b_awq.trace(turn, "3GiB", speech).columns[TRACED]
+    for phase in seven_b_awq.plan(turn, "3GiB").phases:
+        if phase.stages in [("conditioning",), ("token2wav",)]:
+            traced_bytes = traced.pop(phase.name) - phase.weights_bytes - phase.prefetch_bytes
+            assert traced_bytes <= phase.activation_bytes <= 1.3 * traced_bytes, (phase.name, speech)
+    assert list(traced) == ["think", "talk"]
 
 
 def test_streamed_layers_hold_what_is_planned_but_for_the_slice_of_a_weight_being_dequantized(seven_b_awq: Traceable):
@@ -149,10 +175,10 @@ def test_what_a_phase_holds_at_its_peak_can_be_listed(answered: tuple[MemoryProf
 def test_a_timeline_divides_what_was_held_by_kind(tiny: Traceable, answered: tuple[MemoryProfile, LiveBytes]):
     profile, _ = answered
     labels = list(dict.fromkeys(moment.label for moment in profile.timeline))
-    assert labels == ["load", "hear", "see", "prefill", "text", "sound"]
+    assert labels == ["load", "condition", "hear", "see", "prefill", "text", "sound"]
     blocks = [block for blocks in tiny.model.components.values() for block in blocks]
     assert max(moment.weights_bytes for moment in profile.timeline) == sum(block.n_bytes for block in blocks)
-    assert max(moment.kv_bytes for moment in profile.timeline) == tiny.plan(SMALL, None).phases[0].kv_bytes
+    assert max(moment.kv_bytes for moment in profile.timeline) == tiny.plan(SMALL, None).phases[-1].kv_bytes
     assert max(moment.total_bytes for moment in profile.timeline) == max(profile.columns[TRACED].values())
 
 

@@ -19,9 +19,11 @@ QUESTION = QUESTIONS["spoken"]
 
 @pytest.fixture(scope="module")
 def roomy(demo: Path) -> Iterator[tuple[Host, Plan]]:
-    """A host that brings weights in a thread, and the plan it follows: of several phases, with room left in one."""
+    """A host that brings weights in a thread and knows its voice, and the plan it follows: of several phases, with room
+    left in one."""
     with pytest.MonkeyPatch.context() as patch, furnished_card() as card, Host(card, demo) as host:
         patch.setattr(InOrder, "beside", lambda _, work: in_a_thread(work))
+        QUESTION.answer(host.omni)
         whole = QUESTION.plan(host.omni)
         assert whole.smallest_budget_bytes is not None
         host.omni.set_budget((whole.smallest_budget_bytes + whole.peak_bytes) // 2)

@@ -76,9 +76,13 @@ Sweep = tuple[Answer, list[Tried]]
 
 @pytest.fixture(scope="module", params=SWEEPS)
 def sweep(request: pytest.FixtureRequest, demo: Path, on_cpu: Mapping[str, Answer]) -> Sweep:
-    """What the CPU says, and one turn for each budget, the smallest first, each beginning with an empty card."""
+    """What the CPU says, and one turn for each budget, the smallest first, each beginning with an empty card. The voice
+    is known: conditioning is planned for one of 10 s, which in the demo is more than all else."""
     question, tried = QUESTIONS[request.param], []
     with furnished_card() as card, Host(card, demo) as host:
+        question.answer(host.omni)
+        host.omni.release()
+        host.omni.resume()
         for vram_bytes in list(budgets(host, question, SWEEPS[request.param])):
             tried.append(try_within(host, question, vram_bytes))
             host.omni.release()
@@ -101,10 +105,12 @@ def test_no_phase_holds_more_than_was_planned(sweep: Sweep):
 
 
 def test_no_phase_holds_much_less_than_was_planned(sweep: Sweep):
+    """But for conditioning: the demo's voices are samples of 0.6 s, and 10 s are planned for."""
     ratios = {
         (turn.plan.budget_bytes, phase.name): turn.peaks[phase.name] / phase.peak_bytes
         for turn in sweep[1]
         for phase in turn.plan.phases
+        if phase.stages != ("conditioning",)
     }
     assert {where: ratio for where, ratio in ratios.items() if ratio < LOOSEST} == {}
 

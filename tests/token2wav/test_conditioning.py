@@ -1,16 +1,19 @@
 """What is worked out once per utterance, and which weights each half of the work reads."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
-from scarce_memory import PassingBlock
+from scarce_memory import NoRoom, PassingBlock
 from small_models import conditioning_of, small_dit, some_codes, some_speaker, streamed
 from torch import nn
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniDiTConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavDiTModel
 
-from lowvram.token2wav.conditioning import prepare
+from lowvram.errors import CheckpointError
+from lowvram.options import SpeechParams
+from lowvram.token2wav.conditioning import MOST_KEPT, Conditionings, Setting, Speaker, condition, prepare
 from lowvram.token2wav.dit import SystolicDiT, WavefrontDiT
 from lowvram.token2wav.ode import solver_stages, time_grid
 
@@ -65,3 +68,47 @@ def test_guidance_too_small_to_hear_leaves_the_null_branch_out_as_in_the_referen
 def test_a_model_in_training_is_refused() -> None:
     with pytest.raises(AssertionError, match="dropout"):
         conditioning_of(copy.deepcopy(small_dit()).train(), TIMES)
+
+
+def test_a_conditioning_waits_on_the_host_and_no_weight_with_it() -> None:
+    block = PassingBlock(copy.deepcopy(small_dit()), is_read_once)
+    made = condition(block, some_speaker(), SpeechParams(steps=5))
+    assert (block.uses, block.left_behind) == (1, 0)
+    assert torch.equal(made.modulations, conditioning_of(small_dit(), TIMES).modulations)
+
+
+def test_conditioning_that_ran_out_of_memory_is_tried_again() -> None:
+    def again(step, undo=lambda: None):
+        with pytest.raises(torch.OutOfMemoryError), NoRoom(40):
+            step()
+        return step()
+
+    made = condition(nullcontext(small_dit()), some_speaker(), SpeechParams(steps=5), attempt=again)
+    assert torch.equal(made.out_modulations, conditioning_of(small_dit(), TIMES).out_modulations)
+
+
+@pytest.mark.parametrize(
+    ("cond", "ref_mel"), [((1, 16), (1, 30, 80)), ((192,), (1, 30, 80)), ((1, 192), (1, 30, 128)), ((1, 192), (30, 80))]
+)
+def test_a_voice_of_another_model_is_refused(cond, ref_mel) -> None:
+    speaker = Speaker(torch.zeros(cond), torch.zeros(ref_mel))
+    with pytest.raises(CheckpointError, match=r"\[1, 192\] and \[1, T, 80\]"):
+        condition(nullcontext(small_dit()), speaker, SpeechParams())
+
+
+@pytest.mark.parametrize("change", [{"steps": 5}, {"solver": "ab2"}, {"guidance": 0.0}])
+def test_another_solver_is_another_setting(change) -> None:
+    assert Setting.of("Chelsie", SpeechParams(**change)) != Setting.of("Chelsie", SpeechParams())
+
+
+def test_mode_and_precision_seed_and_chunk_share_a_setting() -> None:
+    other = SpeechParams(mode="offload", dtype="float16", seed=3, chunk_s=0.24)
+    assert Setting.of("Chelsie", other) == Setting.of("Chelsie", SpeechParams())
+
+
+def test_the_oldest_conditioning_makes_room_for_a_new_one() -> None:
+    kept, made = Conditionings(), conditioning_of(small_dit(), TIMES)
+    settings = [Setting.of(str(voice), SpeechParams()) for voice in range(MOST_KEPT + 1)]
+    for setting in settings:
+        kept.keep(setting, made)
+    assert [setting in kept for setting in settings] == [False] + [True] * MOST_KEPT
