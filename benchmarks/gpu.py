@@ -98,6 +98,12 @@ def races(bench: Bench) -> dict[str, Any]:
     return _pytest(bench, "-k", "streamed or through_a_card", environment={"TORCH_CUDA_SANITIZER": "1"})
 
 
+def kernels(bench: Bench) -> dict[str, Any]:
+    """4-bit products at the model's shapes beside a 16-bit linear and a copy."""
+    brief = () if bench.on_card else ("--shape", "128x64", "--rows", "1", "--threads", "1", "--rounds", "1")
+    return _python(str(HERE / "kernels.py"), "--device", bench.device, *brief, "--json")
+
+
 def memory(bench: Bench) -> dict[str, Any]:
     """Planned, traced and measured peaks by phase, for three lengths of clip and four budgets."""
     return _python(str(HERE / "memory.py"), *memory_arguments(bench))
@@ -314,7 +320,8 @@ def _python(*arguments: str, environment: Mapping[str, str] | None = None) -> di
 
 _PACKAGES = {"needed": NEEDED, "optional": OPTIONAL}
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    section.__name__: section for section in (missing, suite, races, rates, overhead, graphs, speed, guest, memory)
+    section.__name__: section
+    for section in (missing, suite, races, rates, overhead, kernels, graphs, speed, guest, memory)
 }
 
 

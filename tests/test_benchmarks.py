@@ -192,7 +192,10 @@ def test_the_run_for_a_card_can_be_gone_through_without_one(
 ):
     monkeypatch.setattr(gpu, "SAMPLING", SamplingParams(max_tokens=4, seed=1))
     monkeypatch.setattr(gpu, "SPEECH", SpeechParams(sampling=replace(TALKER_SAMPLING, max_tokens=24), steps=2))
-    kept, sections = tmp_path / "gpu.json", ("missing", "races", "rates", "overhead", "graphs", "speed", "guest")
+    kept, sections = (
+        tmp_path / "gpu.json",
+        ("missing", "races", "rates", "overhead", "kernels", "graphs", "speed", "guest"),
+    )
     with redirect_stdout(StringIO()):
         code = gpu.main(["--device", "cpu", "--weights", str(demo), "--only", *sections, "-o", str(kept)])
     results = json.loads(kept.read_text(encoding="utf-8"))

@@ -2,30 +2,32 @@
 
 AWQ's w = (q - z) * s is torch's w = (q - 8) * scale + zero with scale = s and zero = (8 - z) * s. For long inputs on a
 CPU with AVX-512, unpacking a slice of the same bytes and multiplying in bfloat16 takes half as long as torch's kernel.
+Where `native` can be compiled it multiplies from these bytes, too, faster than either for any number of rows; only on
+linears as small as k_proj does starting it from Python cost more than it saves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from ..errors import BackendError
+from .native import BLOCK_COLUMNS, MIDPOINT, Multiply, in_blocks, load_kernel
 from .packing import MAX_NIBBLE, NIBBLES_PER_WORD, TensorSpec, check_stored, pack_awq, unpack_awq, unpack_columns
 from .reference import CPU_SLICE_WEIGHTS, ReferenceBackend, Workspace, split_halves
+
+log = logging.getLogger(__name__)
 
 PACKED, SCALES_AND_ZEROS = "int4pack", "scales_and_zeros"
 
 GROUP_SIZES = (32, 64, 128, 256)
-BLOCK_COLUMNS = 64
-"""How many columns the AVX-512 kernel packs together; those of other machines pack 32 or 16."""
-
-MIDPOINT = 8
-"""The nibble that torch's format takes for 0."""
 
 UNPACK_FROM_ROWS = 96
-"""From here on unpacking is faster: at 64 rows torch's kernel took 0.8 of the time, at 96 as long, at 128 1.2 times as
-long, for K = 3584 and N = 18944 as for N = 3584 (benchmarks/kernels.py, one thread of a shared machine)."""
+"""From here on unpacking is faster than torch's kernel, which at 64 rows took 0.8 of the time, at 96 as long, at 128
+1.2 times as long, with K = 3584 for N = 18944 as for N = 3584 (benchmarks/kernels.py, one thread, shared machine)."""
 
 SELF_TEST_TOLERANCE = 0.01
 """Three times the error that bfloat16 explains, and far below what a misread nibble makes."""
@@ -35,15 +37,28 @@ class Int4CpuBackend:
     """Multiplies by torch's `_weight_int4pack_mm_for_cpu`; see `matmul.Backend`.
 
     Linears that the kernel cannot take (other group sizes, columns not in 64s) are left to the reference backend.
+    `load` brings the compiled kernel or raises BackendError; with None it is not asked for.
     """
 
     name = "int4-cpu"
 
-    def __init__(self, reason: str = "", unpack_from_rows: int = UNPACK_FROM_ROWS) -> None:
+    def __init__(
+        self,
+        reason: str = "",
+        unpack_from_rows: int = UNPACK_FROM_ROWS,
+        load: Callable[[], Multiply] | None = load_kernel,
+    ) -> None:
         self.reason = reason
         self._reference = ReferenceBackend()
         self._workspace = Workspace()
-        self._unpack_from_rows = unpack_from_rows if _packs_as_avx512() else None
+        as_avx512 = _packs_as_avx512()
+        self._unpack_from_rows = unpack_from_rows if as_avx512 else None
+        self._compiled = _compiled_kernel(load) if as_avx512 and load else None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the kernel that this machine compiled serves."""
+        return self._compiled is not None
 
     @staticmethod
     def obstacle(device: torch.device, dtype: torch.dtype) -> str:
@@ -88,7 +103,9 @@ class Int4CpuBackend:
             return self._reference.matmul(x, weights, group_size)
         packed, scales_and_zeros = weights[PACKED], weights[SCALES_AND_ZEROS]
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        if self._unpack_from_rows is not None and len(rows) >= self._unpack_from_rows:
+        if self._compiled is not None:
+            out = self._compiled(rows, packed, scales_and_zeros, group_size)
+        elif self._unpack_from_rows is not None and len(rows) >= self._unpack_from_rows:
             out = self._unpack_and_multiply(rows, packed, scales_and_zeros)
         else:
             out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_and_zeros)
@@ -106,7 +123,7 @@ class Int4CpuBackend:
 
     def _unpack(self, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
         """Bytes [n, K/2] and pairs [K/G, n, 2] of some columns -> weight [K, n]; good until the next call."""
-        blocks = _in_blocks(packed)
+        blocks = in_blocks(packed)
         n_blocks, in_features, half = blocks.shape
         groups, columns = scales_and_zeros.shape[:2]
         halves = self._workspace.take((2, *blocks.shape), torch.uint8, packed.device)
@@ -119,14 +136,17 @@ class Int4CpuBackend:
         return torch.addcmul(zero, in_groups, scale, out=in_groups).view(in_features, columns)
 
 
+def _compiled_kernel(load: Callable[[], Multiply]) -> Multiply | None:
+    try:
+        return load()
+    except BackendError as refusal:
+        log.info("%s; torch's own serves", refusal)
+        return None
+
+
 def _pack_for_kernel(values: Tensor) -> Tensor:
     """int32 values 0..15 [n, K] as the kernel's bytes [n, K/2]."""
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
-
-
-def _in_blocks(packed: Tensor) -> Tensor:
-    """The AVX-512 kernel's bytes [n, K/2] as [n/64, K, 32]: byte j holds columns j (low) and j + 32 of its block."""
-    return packed.view(len(packed) // BLOCK_COLUMNS, -1, BLOCK_COLUMNS // 2)
 
 
 def _slice_columns(in_features: int) -> int:
@@ -135,21 +155,21 @@ def _slice_columns(in_features: int) -> int:
 
 
 def _packs_as_avx512() -> bool:
-    """Whether this machine's kernel lays bytes out as `_in_blocks` says. Where it does not, products in bfloat16 are
+    """Whether this machine's kernel lays bytes out as `in_blocks` says. Where it does not, products in bfloat16 are
     too slow for unpacking to pay."""
     values = torch.arange(2 * BLOCK_COLUMNS * 32, dtype=torch.int32).mul(7).remainder(15).view(-1, 32)
-    blocks = _in_blocks(_pack_for_kernel(values))
+    blocks = in_blocks(_pack_for_kernel(values))
     columns = torch.cat((blocks & MAX_NIBBLE, blocks >> 4), dim=-1).transpose(1, 2).flatten(0, 1)
     return torch.equal(columns, values.to(torch.uint8))
 
 
 def _self_test() -> float:
-    """The largest relative error of a small linear, both ways."""
+    """The largest relative error of a small linear, both of torch's ways."""
     generator = torch.Generator().manual_seed(0)
     group_size, in_features, out_features = 32, 128, BLOCK_COLUMNS
     stored = pack_awq(torch.randn(out_features, in_features, generator=generator), group_size)
     x = torch.randn(UNPACK_FROM_ROWS, in_features, generator=generator).bfloat16()
-    backend = Int4CpuBackend()
+    backend = Int4CpuBackend(load=None)
     layout = backend.layout(in_features, out_features, group_size, torch.bfloat16)
     weights = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
     backend.pack(*stored, group_size, weights)
