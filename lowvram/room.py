@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -109,6 +110,7 @@ class Room:
         self._caches: list[KVCache] = []
         self._captures: list[Callable[[], None]] = []
         self._away = False
+        self._is_loading = self._was_away = False
 
     def phases(self) -> Iterator[Phase]:
         """Go through the plan's phases, or through those of whatever plan replaces it on the way."""
@@ -154,8 +156,14 @@ class Room:
 
     def load(self) -> Iterator[tuple[int, int]]:
         """Bring the phase's weights, yielding (bytes so far, bytes in all)."""
-        while (progress := self._with_relief(self._load_next)) is not None:
-            yield progress
+        self._is_loading, self._was_away = True, False
+        try:
+            while (progress := self._with_relief(self._load_next)) is not None:
+                yield progress
+                if self._was_away:
+                    return  # whoever takes the device again now does so between steps, which bring what they need
+        finally:
+            self._is_loading = False
 
     def hold(self, make_cache: Callable[[], KVCache]) -> KVCache:
         """A cache for this phase, which leaves the device and returns with it."""
@@ -212,14 +220,18 @@ class Room:
         self._heed_budget()
 
     def _heed_budget(self) -> None:
-        if self._control.budget is not self._budget:
-            self._budget = self._control.budget
-            self._go_on_within(self._budget)
+        """Keep within another budget. While weights come only a smaller one counts, and a larger one once they are
+        there: else who changes it at each of them would wait for ever for the last."""
+        budget = self._control.budget
+        if budget is self._budget or (self._is_loading and not _is_smaller(budget, self._budget)):
+            return
+        self._budget = budget
+        self._go_on_within(budget)
 
     def _step_aside(self) -> None:
         """Leave the device: weights are dropped, caches wait on the host, small states stay."""
         self._drop_captures()
-        self._away = True
+        self._away = self._was_away = True
         self._residency.release()
         for cache in self._caches:
             cache.move(CPU)
@@ -232,8 +244,13 @@ class Room:
         self._away = False
 
     def _load_next(self) -> tuple[int, int] | None:
+        """One block more; or, where the device was given away while weights came, all of them at once: else who takes
+        it at each of them would wait for ever for the last."""
         self._heed()
-        return next(self._loading, None)
+        if not self._was_away:
+            return next(self._loading, None)
+        rest = deque(self._loading, maxlen=1)
+        return rest.pop() if rest else None
 
     def _with_relief(self, step: Callable[[], T], undo: Callable[[], object] = lambda: None) -> T:
         """Climb down: try again, then with three quarters of the phase's peak, then with the least it can do with."""
@@ -317,6 +334,11 @@ class Room:
             needed_bytes=self.phase.peak_bytes,
             hint="another program may have taken the room: name a smaller budget, or close it",
         )
+
+
+def _is_smaller(budget: Budget, other: Budget) -> bool:
+    unbounded = float("inf")
+    return (budget.vram_bytes or unbounded) < (other.vram_bytes or unbounded)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

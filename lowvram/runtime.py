@@ -226,7 +226,6 @@ class OmniRuntime:
 
         An answer in the making drops its weights and takes its KV cache to the host at its next step, at once if
         nobody is asking for its next event; its iterator waits meanwhile. Without one, resident weights leave now.
-        After `resume` weights come again from the first: who releases at every event of loading waits for ever.
         """
         self._require_open()
         self._released = True
