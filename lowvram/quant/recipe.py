@@ -44,11 +44,14 @@ LEFT_IN_16_BIT = (
     "token2wav",
     "visual",
     "audio_tower",
+    "thinker.visual",
+    "thinker.audio_tower",
     "thinker.model.visual",
     "thinker.model.audio_tower",
 )
 """`modules_to_not_convert`: what AutoAWQ finds anywhere in a module's path, and transformers at its beginning or end,
-so that of all linears of an Omni only those of the thinker's layers are left."""
+so that of all linears of an Omni only those of the thinker's layers are left: in the tree that transformers has since
+5.21 and in the one before."""
 
 
 def scaled_groups(layer: nn.Module) -> Iterator[tuple[ScaledGroup, bool]]:

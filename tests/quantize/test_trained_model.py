@@ -30,7 +30,7 @@ def trained(speaking_source: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     (text,) = gather_runs(Preprocessor(folder, opened.config), (), seed=0)
     with text.inputs() as inputs:
         ids = inputs.input_ids
-    learned = {**dict(thinker.model.language_model.named_parameters()), "lm_head": thinker.lm_head.weight}
+    learned = {**dict(thinker.get_decoder().named_parameters()), "lm_head": thinker.lm_head.weight}
     optimizer = torch.optim.AdamW(learned.values(), lr=3e-3)
     torch.manual_seed(0)
     for _ in range(STEPS):
