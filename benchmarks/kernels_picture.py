@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowvram.errors import BackendError, LowVRAMError, OptionError
+from figures import blank_figure
+
+from lowvram.errors import LowVRAMError, OptionError
 
 COLOURS = ("#3f6fa3", "#e3ab4b", "#4aa287", "#8d5a97", "#b3401f")
 STYLES = ("-", "--", ":", "-.")
@@ -27,11 +29,10 @@ Cell = Mapping[str, Any]
 
 def draw(result: Mapping[str, Any], output: Path) -> None:
     """Draw a result of kernels.py into a PNG. Raises BackendError without matplotlib, OptionError if it cannot be."""
-    figures = _matplotlib()
     cells: list[Cell] = result["cells"]
     shapes = _distinct(cells, "shape")
     width = max(LEAST_PANELS, len(shapes))
-    figure = figures.Figure(figsize=(PANEL_IN * width, HEIGHT_IN), dpi=DPI, layout="constrained")
+    figure = blank_figure(PANEL_IN * width, HEIGHT_IN, DPI)
     panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
     for shape, axes in zip(shapes, panels, strict=True):
         _draw_panel(axes, shape, cells)
@@ -94,19 +95,6 @@ def _title(result: Mapping[str, Any]) -> str:
 
 def _distinct(cells: Sequence[Cell], field: str) -> list[Any]:
     return list(dict.fromkeys(cell[field] for cell in cells))
-
-
-def _matplotlib() -> Any:
-    try:
-        from matplotlib import figure
-    except ImportError as error:
-        raise BackendError(
-            "pictures need matplotlib, which is not installed",
-            backend="matplotlib",
-            reason=str(error),
-            hint='pip install "lowvram[plots]"',
-        ) from error
-    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import blank_figure
 from harness import card_lines, make_card, write_result
 from synthetic import SIZE_7B
 from torch import Tensor
@@ -34,7 +35,6 @@ from transformers.utils import logging
 from lowvram.demo import DemoSize
 from lowvram.demo.config import MEL_BINS, SPEAKER_WIDTH, TINY, omni_config
 from lowvram.demo.weights import Stored, draw
-from lowvram.errors import BackendError
 from lowvram.offload.meter import LiveBytes
 from lowvram.options import MODES, SpeechParams
 from lowvram.token2wav.conditioning import Speaker, condition
@@ -214,16 +214,7 @@ def draw_errors(results: Sequence[Measured], card: Mapping[str, Any], output: Pa
     """Error against the whole Euler decode over the seconds of speech that must be known before the first sound, as a
     PNG: of the ways that solve by Euler's rule, so that it is the mode's error. Raises BackendError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BackendError(
-            "pictures need matplotlib, which is not installed",
-            backend="matplotlib",
-            reason=str(error),
-            hint='pip install "lowvram[plots]"',
-        ) from error
-    figure = Figure(figsize=(7.2, 4.6), dpi=160, layout="constrained")
+    figure = blank_figure(7.2, 4.6)
     axes = figure.subplots()
     axes.set_yscale("log")
     axes.set_xlabel("speech that must be known before the first sound, seconds")

@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram.flow import PromptEmbeds, ThinkerStep
 from lowvram.graphs import CapturedSteps, Stepping, one_by_one
 from lowvram.model import OmniModel, Speech
+from lowvram.offload.meter import ByOperator
 from lowvram.options import TALKER_SAMPLING, SamplingParams
 from lowvram.sampling import Sampler
 from lowvram.shapes import shipped_headers
@@ -48,24 +48,14 @@ class Started:
     in_graph: int = 0
 
 
-class Count(TorchDispatchMode):
+class Count(ByOperator):
     """Counts what is started on the card and what comes back from it: zeros, here."""
 
     def __init__(self) -> None:
         super().__init__()
         self.launches = self.waits = self.in_graph = 0
-        self._whole: set[Any] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in self._whole:
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-            self._whole.add(func)
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args and isinstance(args[0], Tensor) and args[0].is_meta and _comes_back(func, kwargs):
             self.waits += 1
             return 0 if func is torch.ops.aten._local_scalar_dense.default else torch.zeros(args[0].shape, device=HOST)

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from figures import blank_figure
+
 from lowvram.chart import BANDS, HEADROOM, axis_ticks, heading, limit_words, scale_bytes, split_by_phase
-from lowvram.errors import BackendError, LowVRAMError, OptionError
+from lowvram.errors import LowVRAMError, OptionError
 from lowvram.offload.budget import GIB, MIB
 from lowvram.offload.profile import Moment
 from lowvram.profile_file import ProfileFile, read_profile
@@ -30,8 +32,7 @@ LEAST_SHARE = 0.2
 
 def draw(profiles: Sequence[ProfileFile], output: Path) -> None:
     """Draw profiles side by side into a PNG. Raises BackendError without matplotlib, OptionError if it cannot be."""
-    figures = _matplotlib()
-    figure = figures.Figure(figsize=(WIDTH_IN * len(profiles), HEIGHT_IN), dpi=DPI, layout="constrained")
+    figure = blank_figure(WIDTH_IN * len(profiles), HEIGHT_IN, DPI)
     most_bytes = max(map(scale_bytes, profiles))
     for recorded, axes in zip(profiles, figure.subplots(1, len(profiles), squeeze=False)[0], strict=True):
         _draw_one(recorded, axes, most_bytes)
@@ -46,19 +47,6 @@ def shares(recorded: ProfileFile) -> list[float]:
     counts = [len(moments) for _, moments in split_by_phase(recorded.plan, recorded.profile.timeline)]
     least = min(LEAST_SHARE, 1 / len(counts))
     return [least + (1 - least * len(counts)) * count / sum(counts) for count in counts]
-
-
-def _matplotlib() -> Any:
-    try:
-        from matplotlib import figure
-    except ImportError as error:
-        raise BackendError(
-            "pictures need matplotlib, which is not installed",
-            backend="matplotlib",
-            reason=str(error),
-            hint='pip install "lowvram[plots]"; lowvram profile --html needs nothing',
-        ) from error
-    return figure
 
 
 def _draw_one(recorded: ProfileFile, axes: Any, most_bytes: int) -> None:

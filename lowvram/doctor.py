@@ -17,6 +17,7 @@ from . import __version__
 from .device import Device, choose_dtype, open_device
 from .errors import BackendError
 from .offload.budget import format_bytes
+from .user_cache import user_cache
 
 PACKAGES = ("torch", "transformers", "av", "huggingface_hub", "safetensors")
 PUBLISHED_DTYPE = "float16"
@@ -26,8 +27,6 @@ PUBLISHED_DTYPE = "float16"
 def examine() -> dict[str, Any]:
     """Look at this machine. Nothing is downloaded; a device that is not there is a finding, not an error."""
     from huggingface_hub.constants import HF_HUB_CACHE
-
-    from .demo import user_cache
 
     devices, obstacle = _devices()
     return {

@@ -18,10 +18,11 @@ MODULES = {
 }
 STAGES = ("encoders", "thinker", "talker", "token2wav.stream")
 SUBPACKAGES = ("offload", "quant", "token2wav")
-LIGHT = ("errors", "options", "events", "checkpoint", "offload.budget", "offload.footprint", "offload.plan",
-         "offload.cards", "offload.expect", "shapes", "remote_headers", "planning", "workload", "preprocess.frames",
-         "preprocess.counts", "preprocess.messages", "preprocess.chat", "preprocess.plain_tokenizer",
-         "quant.scheme", "quantize.options", "token2wav.windows", "token2wav.ode", "forecast", "cli")  # fmt: skip
+LIGHT = ("errors", "options", "events", "checkpoint", "offload.budget", "offload.activations", "offload.footprint",
+         "offload.plan", "offload.cards", "offload.expect", "shapes", "remote_headers", "planning", "workload",
+         "preprocess.frames", "preprocess.counts", "preprocess.messages", "preprocess.chat",
+         "preprocess.plain_tokenizer", "quant.scheme", "quantize.options", "token2wav.windows", "token2wav.ode",
+         "forecast", "cli")  # fmt: skip
 LIBRARY_ROOMS = ("model", "preprocess.prompt", "kv_cache", "attention", "demo.weights")
 CUDA_ROOMS = ("offload.transfer", "offload.streams", "offload.meter", "quant.cuda", "device", "graphs")
 

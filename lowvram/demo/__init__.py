@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import CheckpointError, OptionError
+from ..user_cache import user_cache
 from .config import PREPROCESSOR_CONFIG, TINY, DemoSize, generation_config, omni_config
 from .tokenizer import CHAT_TEMPLATE, ROLES, SPECIAL_TOKENS, WORDS, bpe, write_json, write_tokenizer
 
-__all__ = ["TINY", "DemoSize", "build_demo", "demo_folder", "user_cache"]
+__all__ = ["TINY", "DemoSize", "build_demo", "demo_folder"]
 
 RECIPE = 2
 """Raise it when the same arguments begin to give other bytes, so that cached demos are built anew."""
@@ -83,12 +83,6 @@ def demo_folder(cache: Path | None = None) -> Path:
             hint="set XDG_CACHE_HOME to a writable folder",
         ) from error
     return folder
-
-
-def user_cache() -> Path:
-    """This package's folder in the user's cache (XDG_CACHE_HOME, LOCALAPPDATA or ~/.cache); it need not be there."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(root) if root else Path.home() / ".cache") / "lowvram"
 
 
 def _move_into_place(unfinished: Path, folder: Path) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .activations import DIT_LAYER_WIDTH_BYTES, DecoderShape
 from .cards import Card
-from .footprint import DIT_LAYER_WIDTH_BYTES, BlockSize, DecoderShape, Footprint
+from .footprint import BlockSize, Footprint
 from .placement import HostTier, Phase, Placement, Plan, evenly_spaced
 from .prices import COMPONENTS, Turn
 

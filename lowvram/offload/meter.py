@@ -178,15 +178,39 @@ class _Storage:
     origin: Held | None
 
 
-class LiveBytes(TorchDispatchMode):
+class ByOperator(TorchDispatchMode):
+    """Sees every operator that computes or makes something, in `run`: one composed of others is taken apart, also where
+    inference mode would run it whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._whole: set[Any] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in self._whole:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            self._whole.add(func)
+        return self.run(func, args, kwargs)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operator's result."""
+        raise NotImplementedError
+
+
+class LiveBytes(ByOperator):
     """Counts the storages alive that operators made while it is entered, on devices of one type.
 
     Enter it around a whole run, in the thread that computes; `phase` only labels, and counts from the first storage
     made inside: what an earlier phase left and this one drops first is not its own. Storages from before do not count
     unless `track` announces them; views and in-place results share a storage and count once. Works on real, meta and
-    fake tensors. Memory that operators use inside themselves is not seen; one that is composed of others is taken
-    apart, also where inference mode would run it whole. `explain` keeps what was held at each phase's peak, for
-    `largest`; that takes twice the time.
+    fake tensors. Memory that operators use inside themselves is not seen. `explain` keeps what was held at each phase's
+    peak, for `largest`; that takes twice the time.
     """
 
     kind = TRACKED_LIVE_TENSORS
@@ -201,7 +225,6 @@ class LiveBytes(TorchDispatchMode):
         self._phases: list[str] = []
         self._peak_since_mark_bytes = 0
         self._timeline = Timeline()
-        self._whole: set[Any] = set()
         self._storages: dict[int, _Storage] = {}
         self._risen: set[str] = set()
         self._at_peak: dict[str, tuple[Held, ...]] = {}
@@ -239,16 +262,8 @@ class LiveBytes(TorchDispatchMode):
         """What was held at a phase's peak, largest first; empty unless `explain` was asked for."""
         return tuple(sorted(self._at_peak.get(phase, ()), key=lambda held: held.n_bytes, reverse=True))
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in self._whole:
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-            self._whole.add(func)
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result, whose storages count if they are new."""
         result = func(*args, **kwargs)
         # `lift_fresh` is how `torch.tensor` announces what it has just made: its input is new, all others' is not.
         given = () if func is torch.ops.aten.lift_fresh.default else (args, kwargs)

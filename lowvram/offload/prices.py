@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..options import KVPrecision, Limits, SpeechDtype, SpeechMode
-from .footprint import BlockSize, Decoding, Footprint
+from .activations import Decoding
+from .footprint import BlockSize, Footprint
 from .placement import STREAM_SLOTS, evenly_spaced
 
 COMPONENTS = {

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..demo import user_cache
 from ..errors import BackendError
+from ..user_cache import user_cache
 from .packing import MAX_NIBBLE
 
 Multiply = Callable[[Tensor, Tensor, Tensor, int], Tensor]

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from turns import CHAT, MINUTE, clip
 
-from lowvram.offload.footprint import BlockSize, Decoding, Footprint
+from lowvram.offload.activations import Decoding
+from lowvram.offload.footprint import BlockSize, Footprint
 from lowvram.offload.prices import Prices, Turn, holdings_of
 from lowvram.options import Limits
 

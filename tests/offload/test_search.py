@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowvram.errors import InfeasibleBudgetError
+from lowvram.offload.activations import AudioShape, DecoderShape, SoundShape, VisionShape
 from lowvram.offload.budget import Budget
-from lowvram.offload.footprint import AudioShape, BlockSize, DecoderShape, Footprint, SoundShape, VisionShape
+from lowvram.offload.footprint import BlockSize, Footprint
 from lowvram.offload.plan import (
     COMPONENTS,
     STREAM_SLOTS,

@@ -1,0 +1,246 @@
+"""A component's shape -> the bytes that its stage computes with: KV cache, activations, and what stays between steps.
+
+Derived from the code that will run, tensor by tensor at its widest point; each formula stands in the docstring of the
+method that computes it. Shapes below: h hidden, i intermediate, d head size, w bytes per element of the compute dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..options import KVPrecision, SpeechDtype, SpeechMode
+
+TOKEN2WAV_WIDTH_BYTES = 4
+"""token2wav computes in float32, as the reference does."""
+
+DIT_LAYER_WIDTH_BYTES: dict[SpeechDtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""But for the DiT's layers, if so asked."""
+
+KV_SCALE_BYTES = 4
+"""Of the float32 scale that an int8 cache keeps for each token's key and value, by KV head."""
+
+KV_SLICE_TOKENS = 2048
+"""Positions of an int8 cache that are read back at once."""
+
+_NOISE_AND_TURN = 80 + 64
+"""Elements that a waiting mel frame has beside its code row: noise for 80 mel bins, a rotary table for heads of 64."""
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """A decoder stack (thinker or talker). `input_size` is the width of the rows it is given, `vocab` of its logits."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    input_size: int
+    vocab: int
+
+    def kv_bytes_per_token(self, width_bytes: int, kv: KVPrecision = "16bit") -> int:
+        """Keys and values of every layer: 2 x layers x KV heads x (d x w), in int8 (d + 4). 7B thinker: 56 KiB in 16
+        bits, 28.9 KiB in int8."""
+        head_bytes = self.head_dim * width_bytes if kv == "16bit" else self.head_dim + KV_SCALE_BYTES
+        return 2 * self.layers * self.kv_heads * head_bytes
+
+    def activation_bytes(
+        self, chunk_tokens: int, width_bytes: int, kv: KVPrecision = "16bit", cache_tokens: int = KV_SLICE_TOKENS
+    ) -> int:
+        """Prefill of a chunk, or a decode step (a chunk of one) with its logits, whichever is wider.
+
+        Per token, all the time: the chunk's rows as they came (`input_size`), projected if they need to be (h), the
+        last chunk's result and the layer's input (2h), cosine and sine (2d), three int64 positions. Beside them the
+        widest of some points. MLP: the sum with the attention and its norm (2h), the gate's activation, the up
+        projection and their product (3i). Attention: the norm (h), queries, their copy as rows and two partial results
+        (4 x heads x d), keys and values (2 x KV heads x d), and the float32 copies that merge the results (3 x heads
+        x d at 4 bytes). 7B thinker, 16 bit: 146.5 KiB, of which the three products are 111.
+
+        From an int8 cache attention reads slices of 2048 positions, or of all `cache_tokens` where that is fewer: one
+        layer's keys and values (w each) and the float32 of whichever is being scaled; beside them the norm, queries as
+        they came and turned (2 x heads x d), keys and values, and the sum of the slices so far (heads x d at 4 bytes).
+        7B: 8 MiB a slice.
+
+        The logits are drawn from in float32: penalized, sorted with their indices, summed up; about 48 bytes each.
+        """
+        slice_tokens = min(KV_SLICE_TOKENS, cache_tokens) if kv == "int8" else 0
+        prefill_bytes = self._chunk_bytes(chunk_tokens, width_bytes, slice_tokens)
+        return max(prefill_bytes, self._chunk_bytes(1, width_bytes, slice_tokens) + 48 * self.vocab)
+
+    def state_bytes(self, width_bytes: int) -> int:
+        """What stays between steps: which ids were drawn (a byte for each there is) and the last position's row."""
+        return self.vocab + self.hidden * width_bytes
+
+    def _chunk_bytes(self, chunk_tokens: int, width_bytes: int, slice_tokens: int) -> int:
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        always = self.input_size + 2 * self.hidden + 2 * self.head_dim
+        if self.input_size != self.hidden:
+            always += self.hidden
+        mlp = (2 * self.hidden + 3 * self.intermediate) * width_bytes
+        merging = (self.hidden + 4 * queries + 2 * keys) * width_bytes + 3 * queries * 4
+        widest = chunk_tokens * max(mlp, merging)
+        if slice_tokens:
+            reading = (self.hidden + 2 * queries + 2 * keys) * width_bytes + queries * 4
+            widest = max(widest, chunk_tokens * reading + slice_tokens * keys * (2 * width_bytes + 4))
+        return chunk_tokens * (always * width_bytes + 3 * 8) + widest
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The vision tower. `patch_elements` is one patch's pixels: channels x temporal patch x patch x patch."""
+
+    hidden: int
+    intermediate: int
+    head_dim: int
+    patch_elements: int
+
+    def activation_bytes(self, patches: int, width_bytes: int) -> int:
+        """A run of patches through a layer, whichever is wider of two points, beside pixels, rotary table and indices.
+
+        Rotating the keys, in float32: the layer's input, its norm, q, k, v (5h at w) and the float32 copies of q and
+        k, the rotated q, and three products on the way to the rotated k (6h at 4 bytes). In the MLP: the layer's
+        input, its sum with the attention, the norm (3h) and the three products of gate and up (3i).
+        """
+        rotating = 5 * self.hidden * width_bytes + 6 * self.hidden * 4
+        mlp = (3 * self.hidden + 3 * self.intermediate) * width_bytes
+        beside = self.patch_elements * width_bytes + 2 * self.head_dim * 4 + 3 * 8
+        return patches * (max(rotating, mlp) + beside)
+
+
+@dataclass(frozen=True)
+class AudioShape:
+    """The audio tower. One window is `window_frames` mel frames and half as many positions."""
+
+    hidden: int
+    ffn: int
+    mel_bins: int
+    window_frames: int
+
+    def activation_bytes(self, windows: int, width_bytes: int) -> int:
+        """A run of windows through a layer's feed-forward part, its widest point.
+
+        Per position: the convolved window, the layer's input and its sum with the attention (3h), the feed-forward
+        product before and after its activation (2f); per mel frame its bins. The convolutions run one window at a
+        time: a frame's first convolution and its activation (2h), and those of half as many positions.
+        """
+        positions = self.window_frames // 2
+        layer = windows * (positions * (3 * self.hidden + 2 * self.ffn) + self.window_frames * self.mel_bins)
+        convolving = windows * positions * self.hidden + 3 * self.window_frames * self.hidden
+        return max(layer, convolving) * width_bytes
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How codes become sound: `chunk_codes` at a time, in `cached` modes solved together with `ahead_codes` after them
+    that are solved again; the DiT's layers in `dtype`."""
+
+    mode: SpeechMode = "exact"
+    evaluations: int = 9
+    chunk_codes: int = 48
+    ahead_codes: int = 0
+    dtype: SpeechDtype = "float32"
+
+    @property
+    def layer_bytes(self) -> int:
+        """Per element of the DiT's layers."""
+        return DIT_LAYER_WIDTH_BYTES[self.dtype]
+
+    def walks(self, codes: int) -> int:
+        """How often a speech of so many codes walks the DiT's layers, at most.
+
+        Each chunk does, then what is left over, then the end: once for every evaluation, but in "offload" once for all
+        of them, whose last frames need a walk each.
+        """
+        chunks = codes // self.chunk_codes
+        return chunks + 1 + self.evaluations if self.mode == "offload" else self.evaluations * (chunks + 2)
+
+
+@dataclass(frozen=True)
+class SoundShape:
+    """token2wav. The DiT: hidden size, feed-forward size, layers, heads, frames per block, how many of its layers look
+    a block back and ahead. The speaker encoder: what it holds per mel frame of a voice. BigVGAN: its widest layer in
+    elements, and its operations, per mel frame. `repeats` mel frames are one code."""
+
+    hidden: int
+    ff: int
+    layers: int
+    heads: int
+    block_frames: int
+    back_layers: int
+    ahead_layers: int
+    repeats: int
+    speaker_elements_per_frame: int
+    vocoder_elements_per_frame: int
+    vocoder_flops_per_frame: int = 0
+
+    def constants_bytes(self, evaluations: int) -> int:
+        """What conditioning leaves: for each ODE evaluation each layer's six modulations, and two for the output."""
+        return evaluations * (6 * self.layers + 2) * self.hidden * TOKEN2WAV_WIDTH_BYTES
+
+    def conditioning_bytes(self, voice_frames: int, evaluations: int) -> int:
+        """What conditioning computes with: a voice in the speaker encoder beside the constants, and these once more."""
+        encoding = voice_frames * self.speaker_elements_per_frame * TOKEN2WAV_WIDTH_BYTES
+        return encoding + 2 * self.constants_bytes(evaluations)
+
+    def state_bytes(self, decoding: Decoding) -> int:
+        """What is kept between chunks, however long the speech. 7B, exactly: 25.4 MB, in "balanced" 18.0 MB.
+
+        The constants; per evaluation the border of the DiT's layers, and, but for cached modes, frames that wait: a
+        block, and in "offload" the chunk that the evaluation before gave. The vocoder's tails together are worth 230
+        frames of its widest layer (5.3 MB, as traced).
+        """
+        tails = 230 * self.vocoder_elements_per_frame * TOKEN2WAV_WIDTH_BYTES
+        return self.constants_bytes(decoding.evaluations) + self._border_bytes(decoding) + tails
+
+    def activation_bytes(self, decoding: Decoding) -> int:
+        """A chunk in the DiT or in the vocoder, whichever is larger; they take turns.
+
+        At the end of an exact speech the blocks that waited in each evaluation come together, the last of them with the
+        newest one; what they waited in is free then. The vocoder's receptive field holds back 34 frames more. Per
+        frame, in an anti-aliased activation of its widest layer: the residual, the running sum of three branches, and,
+        at twice the rate, input, sine, square and scaled square (10 layers, as traced), and two more to join the chunk
+        to its tail.
+        """
+        chunk_frames = decoding.chunk_codes * self.repeats
+        at_once_bytes = self._frames_at_once(decoding) * self._frame_bytes
+        end_bytes = 0
+        if decoding.mode == "exact":
+            ending_frames = self.block_frames * (decoding.evaluations + 1)
+            end_bytes = ending_frames * self._frame_bytes - self._border_bytes(decoding)
+        vocoder_bytes = (chunk_frames + 34) * 12 * self.vocoder_elements_per_frame * TOKEN2WAV_WIDTH_BYTES
+        return max(at_once_bytes, end_bytes, vocoder_bytes)
+
+    def _frames_at_once(self, decoding: Decoding) -> int:
+        """The frames that go through a layer of the DiT together."""
+        chunk_frames = decoding.chunk_codes * self.repeats
+        if decoding.mode == "offload":
+            return decoding.evaluations * chunk_frames + self.block_frames
+        return chunk_frames + decoding.ahead_codes * self.repeats
+
+    @property
+    def _frame_bytes(self) -> int:
+        """A frame in the DiT, for two branches of guidance, where a layer attends to two blocks: rows and those that
+        waited (3h), q, k, v as they came and joined to what waited (6h), each block of q with two blocks of k and v
+        (5h), and, where torch spells attention out, scaled q and k (3h) and scores. 7B: 164 KB; half precision saves
+        next to nothing, for that is spelled out in float32. Beside it a wide feed-forward is narrow.
+        """
+        scores = 4 * self.heads * 2 * self.block_frames
+        return 2 * max(17 * self.hidden + scores, 6 * self.hidden + 2 * self.ff) * TOKEN2WAV_WIDTH_BYTES
+
+    def _border_bytes(self, decoding: Decoding) -> int:
+        """What each evaluation remembers. For two branches, at the layers that look back a block's keys and values; in
+        exact modes at those that look ahead a block's rows, q, k and v; and frames that wait, with their code rows.
+        Cached modes have one such queue for all evaluations: the chunk and its look-ahead.
+        """
+        queued_frame_bytes = (self.hidden + _NOISE_AND_TURN) * TOKEN2WAV_WIDTH_BYTES
+        per_row_bytes = 2 * self.back_layers * decoding.layer_bytes
+        if decoding.ahead_codes:
+            waiting_bytes = self._frames_at_once(decoding) * queued_frame_bytes
+            return decoding.evaluations * 2 * self.block_frames * self.hidden * per_row_bytes + waiting_bytes
+        per_row_bytes += self.ahead_layers * (3 * decoding.layer_bytes + TOKEN2WAV_WIDTH_BYTES)
+        waiting = self.block_frames
+        if decoding.mode == "offload":
+            waiting += decoding.chunk_codes * self.repeats
+        border_bytes = 2 * self.block_frames * self.hidden * per_row_bytes
+        return decoding.evaluations * (border_bytes + waiting * queued_frame_bytes)
