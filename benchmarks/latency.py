@@ -1,18 +1,20 @@
 """How soon speech sounds and what it costs: every mode and solver beside the reference's way, at the true size.
 
-    python benchmarks/latency.py [--codes 150] [--tiny] [--json] [-o results/latency.json] [--picture latency.png]
+    python benchmarks/latency.py [--codes 150] [--rounds 3] [--json] [-o results/latency.json] [--picture latency.png]
 
 token2wav alone, with random weights of the published shapes: codes cost nothing and are there when they are asked for,
 so seconds are the decoder's own. Minutes on a CPU. Beside the wavefront and its kin stand the whole utterance by the
 reference itself (RK4, 36 evaluations), by Euler's rule, and in chunks of 48 codes that see 24 before and 12 after them
-(the authors' low-memory mode); all errors are against the whole Euler decode. `--picture` draws each way's error over
-the codes that its first sound waits for.
+(the authors' low-memory mode); all errors are against the whole Euler decode. Every round decodes once each way, each
+round in another order; seconds are medians, and ratios are medians of those within a round. `--picture` draws each
+way's error over the codes that its first sound waits for. What each way holds is `speech_memory.py`'s to measure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -35,7 +38,6 @@ from transformers.utils import logging
 from lowvram.demo import DemoSize
 from lowvram.demo.config import MEL_BINS, SPEAKER_WIDTH, TINY, omni_config
 from lowvram.demo.weights import Stored, draw
-from lowvram.offload.meter import LiveBytes
 from lowvram.options import MODES, SpeechParams
 from lowvram.token2wav.conditioning import Speaker, condition
 from lowvram.token2wav.ode import time_grid
@@ -57,18 +59,39 @@ Pieces = Iterator[tuple[int, np.ndarray]]
 """How many codes had come in, and the sound that became final with them."""
 
 
+Ways = Mapping[str, Callable[[], Pieces]]
+"""Names of ways to decode one utterance, and what decodes it."""
+
+REFERENCE, WHOLE = "reference, whole, rk4", "whole, euler"
+
+
 @dataclass(frozen=True)
 class Measured:
     """One way to decode an utterance. `work` counts evaluations per frame; `first_s` and `rtf` are compute seconds, to
-    the first sample and per second of speech; `peak_bytes` leaves weights out; `error` is of the sound, relative."""
+    the first sample and per second of speech; `of_reference` and `of_whole` are its seconds by theirs, `spread` how far
+    the rounds' `of_whole` are apart; `error` is of the sound, relative."""
 
     way: str
     first_codes: int
     first_s: float
     rtf: float
+    of_reference: float
+    of_whole: float
+    spread: float
     work: float
-    peak_bytes: int
     error: float
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One decode: seconds to the first sample and to the last, the codes that the first one waited for, the sound [S]
+    and the rows that went through the DiT's first layer."""
+
+    first_codes: int
+    first_s: float
+    seconds: float
+    rows: int
+    sound: np.ndarray
 
 
 def load(size: DemoSize) -> Qwen2_5OmniToken2WavModel:
@@ -81,6 +104,10 @@ def load(size: DemoSize) -> Qwen2_5OmniToken2WavModel:
         stored = Stored(f"token2wav.{name}", "F32", tuple(weight.shape))
         weight.data = torch.cat(list(draw(stored, size, SEED)))
     return model
+
+
+def some_codes(size: DemoSize, codes: int) -> list[int]:
+    return torch.randint(0, size.codes, (codes,), generator=torch.Generator().manual_seed(SEED)).tolist()
 
 
 def some_speaker() -> Speaker:
@@ -100,30 +127,30 @@ def streamed(model: Any, codes: Sequence[int], params: SpeechParams) -> Pieces:
 
 
 @torch.no_grad()
-def whole_by_reference(model: Any, codes: Sequence[int]) -> Pieces:
+def whole_by_reference(model: Any, codes: Sequence[int], steps: int) -> Pieces:
     """The reference's token2wav as it is."""
     speaker = some_speaker()
     torch.manual_seed(SEED)
-    sound = model(torch.tensor([codes]), speaker.cond, speaker.ref_mel, num_steps=PARAMS.steps)
+    sound = model(torch.tensor([codes]), speaker.cond, speaker.ref_mel, num_steps=steps)
     yield len(codes), sound.numpy()
 
 
 @torch.no_grad()
-def whole_by_euler(model: Any, codes: Sequence[int]) -> Pieces:
+def whole_by_euler(model: Any, codes: Sequence[int], steps: int) -> Pieces:
     """The reference's modules under Euler's rule."""
-    mel = euler(model.code2wav_dit_model, codes, noise_of(len(codes)))
+    mel = euler(model.code2wav_dit_model, codes, noise_of(len(codes)), steps)
     yield len(codes), model.code2wav_bigvgan_model(mel).numpy()
 
 
 @torch.no_grad()
-def chunks_by_euler(model: Any, codes: Sequence[int]) -> Pieces:
+def chunks_by_euler(model: Any, codes: Sequence[int], steps: int) -> Pieces:
     """Chunks solved each for itself, some codes before and after them heard along; the vocoder is our exact one."""
     noise, sound = noise_of(len(codes)), StreamingVocoder(model.code2wav_bigvgan_model)
     for start in range(0, len(codes), CHUNK_CODES):
         end = min(start + CHUNK_CODES, len(codes))
         first, after = max(0, start - BEFORE_CODES), min(end + AFTER_CODES, len(codes))
         seen = slice(first * MEL_FRAMES_PER_CODE, after * MEL_FRAMES_PER_CODE)
-        mel = euler(model.code2wav_dit_model, codes[first:after], noise[:, seen])
+        mel = euler(model.code2wav_dit_model, codes[first:after], noise[:, seen], steps)
         final = mel[..., (start - first) * MEL_FRAMES_PER_CODE : (end - first) * MEL_FRAMES_PER_CODE]
         yield after, sound.push(final, last=end == len(codes)).numpy()
 
@@ -134,10 +161,10 @@ def noise_of(codes: int) -> Tensor:
 
 
 @torch.no_grad()
-def euler(dit: Any, codes: Sequence[int], x: Tensor) -> Tensor:
+def euler(dit: Any, codes: Sequence[int], x: Tensor, steps: int) -> Tensor:
     """Codes and noise [1, F, M] to mel [1, M, F] by the reference's forward over all of them."""
     speaker = some_speaker()
-    for start, end in pairwise(torch.tensor(time_grid(PARAMS.steps), dtype=x.dtype)):
+    for start, end in pairwise(torch.tensor(time_grid(steps), dtype=x.dtype)):
         spoken, null = dit(
             hidden_states=x,
             condition_vector=speaker.ref_mel.to(x),
@@ -149,19 +176,17 @@ def euler(dit: Any, codes: Sequence[int], x: Tensor) -> Tensor:
     return x.mT
 
 
-def measure(way: str, decode: Callable[[], Pieces], model: Any, codes: int) -> tuple[Measured, np.ndarray]:
-    """Decode once; the error is still to be filled in. Returns the sound [S], too."""
-    rows, heard, ledger = _RowCount(model.code2wav_dit_model), [], LiveBytes()
+def decode_once(decode: Callable[[], Pieces], model: Any) -> Decoded:
+    """Decode, and watch the clock and the work."""
+    rows, heard = _RowCount(model.code2wav_dit_model), []
     first_codes, first_s = 0, 0.0
     started_s = time.perf_counter()
-    with rows, ledger:
+    with rows:
         for arrived, piece in decode():
             if len(piece) and not heard:
                 first_codes, first_s = arrived, time.perf_counter() - started_s
             heard += [piece] if len(piece) else []
-    rtf = (time.perf_counter() - started_s) * CODES_PER_SECOND / codes
-    work = rows.count / (2 * MEL_FRAMES_PER_CODE * codes)
-    return Measured(way, first_codes, first_s, rtf, work, ledger.peak_bytes, 0.0), np.concatenate(heard)
+    return Decoded(first_codes, first_s, time.perf_counter() - started_s, rows.count, np.concatenate(heard))
 
 
 class _RowCount:
@@ -181,31 +206,61 @@ class _RowCount:
         self.count += output.shape[0] * output.shape[1]
 
 
-def compare(model: Any, codes: Sequence[int], modes: Iterable[str], solvers: Iterable[str]) -> list[Measured]:
-    """All ways, the reference's own first and the whole Euler decode, which errors refer to, second."""
+def all_ways(model: Any, codes: Sequence[int], modes: Iterable[str], solvers: Iterable[str], steps: int) -> Ways:
+    """The reference's own, then the whole Euler decode, which errors refer to, then others' and ours."""
     ways: dict[str, Callable[[], Pieces]] = {
-        "reference, whole, rk4": lambda: whole_by_reference(model, codes),
-        "whole, euler": lambda: whole_by_euler(model, codes),
-        f"chunks {CHUNK_CODES}/{BEFORE_CODES}/{AFTER_CODES}, euler": lambda: chunks_by_euler(model, codes),
+        REFERENCE: lambda: whole_by_reference(model, codes, steps),
+        WHOLE: lambda: whole_by_euler(model, codes, steps),
+        f"chunks {CHUNK_CODES}/{BEFORE_CODES}/{AFTER_CODES}, euler": lambda: chunks_by_euler(model, codes, steps),
     }
     for mode, solver in product(modes, solvers):
         params: Any = replace(PARAMS, **{"mode": mode, "solver": solver})
         ways[f"{mode}, {solver}"] = lambda params=params: streamed(model, codes, params)
-    results = [measure(way, decode, model, len(codes)) for way, decode in ways.items()]
-    exact = results[1][1]
-    return [replace(one, error=float(np.linalg.norm(sound - exact) / np.linalg.norm(exact))) for one, sound in results]
+    return ways
+
+
+def compare(ways: Ways, model: Any, codes: int, rounds: int) -> list[Measured]:
+    """Each way's figures over some rounds of all."""
+    order, shuffled = list(ways), random.Random(SEED)
+    decoded: dict[str, list[Decoded]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way in order:
+            decoded[way].append(decode_once(ways[way], model))
+        shuffled.shuffle(order)
+    return [_summed_up(way, decoded, codes) for way in ways]
+
+
+def _summed_up(way: str, decoded: Mapping[str, Sequence[Decoded]], codes: int) -> Measured:
+    own, exact = decoded[way], decoded[WHOLE][0].sound
+    of_whole = _ratios(own, decoded[WHOLE])
+    return Measured(
+        way=way,
+        first_codes=own[0].first_codes,
+        first_s=median(one.first_s for one in own),
+        rtf=median(one.seconds for one in own) * CODES_PER_SECOND / codes,
+        of_reference=median(_ratios(own, decoded[REFERENCE])),
+        of_whole=median(of_whole),
+        spread=max(of_whole) - min(of_whole),
+        work=own[0].rows / (2 * MEL_FRAMES_PER_CODE * codes),
+        error=float(np.linalg.norm(own[0].sound - exact) / np.linalg.norm(exact)),
+    )
+
+
+def _ratios(own: Sequence[Decoded], others: Sequence[Decoded]) -> list[float]:
+    """Seconds by another way's, round by round."""
+    return [one.seconds / other.seconds for one, other in zip(own, others, strict=True)]
 
 
 def table(results: Sequence[Measured]) -> str:
-    """For people: each figure beside its ratio to the reference's, work beside that to the whole Euler decode's."""
-    reference, euler_whole = results[:2]
-    titles = f"{'RTF':>7} {'x ref':>6} {'work':>6} {'x whole':>7} {'peak MB':>8} {'x ref':>6} {'error':>8}"
+    """For people: each figure beside its ratio to the reference's and to the whole Euler decode's."""
+    titles = f"{'RTF':>7} {'x ref':>6} {'x whole':>7} {'+-':>5} {'work':>6} {'x whole':>7} {'error':>8}"
     lines = [f"{'way':<26} {'first audio':>20} {titles}"]
+    whole = results[1]
     for one in results:
         lines.append(
-            f"{one.way:<26} {one.first_codes:>5} codes {one.first_s:>6.2f} s {one.rtf:>7.2f}"
-            f" {one.rtf / reference.rtf:>6.2f} {one.work:>6.2f} {one.work / euler_whole.work:>7.3f}"
-            f" {one.peak_bytes / 1e6:>8.1f} {one.peak_bytes / reference.peak_bytes:>6.2f} {one.error:>8.1e}"
+            f"{one.way:<26} {one.first_codes:>5} codes {one.first_s:>6.2f} s {one.rtf:>7.2f} {one.of_reference:>6.2f}"
+            f" {one.of_whole:>7.2f} {one.spread / 2:>5.2f} {one.work:>6.2f} {one.work / whole.work:>7.3f}"
+            f" {one.error:>8.1e}"
         )
     return "\n".join(lines)
 
@@ -235,8 +290,9 @@ def draw_errors(results: Sequence[Measured], card: Mapping[str, Any], output: Pa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and keep the result if asked; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Latency, work, memory and error of every way to decode speech.")
+    parser = argparse.ArgumentParser(description="Latency, work and error of every way to decode speech.")
     parser.add_argument("--codes", type=int, default=150, help="length of the speech, 50 a second (default: 150)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each way decodes it (default: 3)")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=SOLVERS)
     parser.add_argument("--tiny", action="store_true", help="a toy's sizes in place of the published ones")
@@ -259,8 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure_all(chosen: argparse.Namespace) -> dict[str, Any]:
     """The card and every way that was chosen."""
     size = TINY if chosen.tiny else SIZE_7B
-    codes = torch.randint(0, size.codes, (chosen.codes,), generator=torch.Generator().manual_seed(SEED)).tolist()
-    results = compare(load(size), codes, chosen.modes, chosen.solvers)
+    model, codes = load(size), some_codes(size, chosen.codes)
+    ways = all_ways(model, codes, chosen.modes, chosen.solvers, PARAMS.steps)
+    results = compare(ways, model, len(codes), chosen.rounds)
     card = make_card(
         f"CPU, {torch.get_num_threads()} thread(s)",
         size="a toy's" if chosen.tiny else "as published (7B)",
@@ -269,7 +326,7 @@ def measure_all(chosen: argparse.Namespace) -> dict[str, Any]:
         steps=PARAMS.steps,
         guidance=PARAMS.guidance,
         chunk_s=PARAMS.chunk_s,
-        timing="while live tensors are tracked",
+        rounds=chosen.rounds,
     )
     return {"card": card, "ways": [asdict(one) for one in results]}
 
