@@ -1,15 +1,18 @@
-"""Whole checkpoints between AutoAWQ and this project: it reads ours and thinks the same, and we read what it writes.
+"""Whole checkpoints beside other readers of AWQ: they read ours and think the same, and we read what AutoAWQ writes.
 
-    python benchmarks/awq_checkpoints.py --their-python autoawq/bin/python [CHECKPOINT]
+    python benchmarks/awq_checkpoints.py [--autoawq PYTHON] [--gptqmodel PYTHON] [CHECKPOINT]
 
-Without a checkpoint (a folder), a tiny one is rounded to 4 bits on the spot. AutoAWQ 0.2.9 reads this model with
-transformers up to 5.20, so it lives in an environment of its own:
+Without a checkpoint (a folder), a tiny one is rounded to 4 bits on the spot. Each of the others lives in an environment
+of its own, whose Python is named: AutoAWQ 0.2.9 reads this model with transformers up to 5.20,
 
     python -m venv autoawq
     autoawq/bin/pip install "torch<2.14" "transformers==5.20.*" accelerate datasets zstandard setuptools wheel
     autoawq/bin/pip install --no-deps --no-build-isolation autoawq==0.2.9
 
-Needs no GPU. The exit code is 1 where logits differ by more than float16 explains.
+and transformers itself by gptqmodel, with what that imports (`gptqmodel/bin/pip install transformers gptqmodel`). They
+load what lies under every name that the checkpoint's `modules_to_not_convert` does not spare, so what
+`lowvram quantize` writes is the one to give to gptqmodel. Needs no GPU. The exit code is 1 where logits differ by more
+than float16 explains.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -43,23 +47,57 @@ SAME_LOGITS, SAME_KL_NATS = 0.01, 1e-4
 SMALL_FILES = ("*.json", "*.txt", "spk_dict.pt")
 
 
-def compare(checkpoint: Path, their_python: str, folder: Path) -> bool:
-    """Print how far the two are apart on a checkpoint; whether they agree. `folder` is for what lies between them."""
-    ours = our_logits(checkpoint)
-    theirs = torch.load(_ask_them(checkpoint, their_python, folder), weights_only=True)
-    error = _relative(theirs, ours)
-    apart = divergence(ours, theirs).summary()
-    print(
-        f"AutoAWQ reads it: logits differ by {error:.1e}, KL {apart['kl_mean_nats']:.1e} nats, same top"
-        f" {apart['top1_agreement']:.1%} of {apart['positions']}"
-    )
+@dataclass(frozen=True)
+class Reader:
+    """Another program that reads checkpoints: its name, the Python it lives in, and our script that runs there."""
+
+    name: str
+    python: str
+    script: str
+
+    def logits(self, checkpoint: Path, folder: Path, *results: Path) -> Tensor:
+        """Its logits [n, V] of the words; `results` are what else the script writes."""
+        with OmniRuntime.open(checkpoint, device="cpu") as omni:
+            (folder / "ids.json").write_text(json.dumps(omni.preprocessor.tokenize(WORDS)))
+        logits = folder / "logits.pt"
+        given = [checkpoint, folder / "ids.json", logits, *results]
+        command = [self.python, str(HERE / self.script), *map(str, given)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise LowVRAMError(
+                f"{self.name}'s Python ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}",
+                hint="the environment is described at the top of this script",
+            )
+        return torch.load(logits, weights_only=True)
+
+
+def beside_autoawq(checkpoint: Path, python: str, folder: Path) -> bool:
+    """Print how far it and we are apart on a checkpoint, and on its copy of it; whether both agree."""
+    copy, ours = folder / "copy", our_logits(checkpoint)
+    reader = Reader("AutoAWQ", python, "autoawq_model.py")
+    agree = _same(reader, reader.logits(checkpoint, folder, copy), ours)
     for pattern in SMALL_FILES:  # it writes weights and configs; a tokenizer and voices are not its business
         for path in checkpoint.glob(pattern):
-            if not (folder / "copy" / path.name).exists() and "index" not in path.name:
-                shutil.copy(path, folder / "copy")
-    copied = _relative(our_logits(folder / "copy"), ours)
+            if not (copy / path.name).exists() and "index" not in path.name:
+                shutil.copy(path, copy)
+    copied = _relative(our_logits(copy), ours)
     print(f"we read what it wrote, all but packed words in float16: logits differ by {copied:.1e}")
-    return max(error, copied) <= SAME_LOGITS and apart["kl_mean_nats"] <= SAME_KL_NATS
+    return agree and copied <= SAME_LOGITS
+
+
+def beside_gptqmodel(checkpoint: Path, python: str, folder: Path) -> bool:
+    """Print how far transformers by gptqmodel and we are apart on a checkpoint; whether they agree."""
+    reader = Reader("transformers with gptqmodel", python, "gptqmodel_model.py")
+    return _same(reader, reader.logits(checkpoint, folder), our_logits(checkpoint))
+
+
+def _same(reader: Reader, theirs: Tensor, ours: Tensor) -> bool:
+    error, apart = _relative(theirs, ours), divergence(ours, theirs).summary()
+    print(
+        f"{reader.name} reads it: logits differ by {error:.1e}, KL {apart['kl_mean_nats']:.1e} nats, same top"
+        f" {apart['top1_agreement']:.1%} of {apart['positions']}"
+    )
+    return error <= SAME_LOGITS and apart["kl_mean_nats"] <= SAME_KL_NATS
 
 
 def our_logits(checkpoint: Path) -> Tensor:
@@ -71,38 +109,30 @@ def our_logits(checkpoint: Path) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Whole checkpoints between AutoAWQ and this project.")
+    parser = argparse.ArgumentParser(description="Whole checkpoints beside other readers of AWQ.")
     parser.add_argument("checkpoint", nargs="?", type=Path, help="a 4-bit checkpoint's folder (default: a tiny one)")
-    parser.add_argument("--their-python", required=True, help="the Python of an environment with AutoAWQ")
+    parser.add_argument("--autoawq", metavar="PYTHON", help="the Python of an environment with AutoAWQ")
+    parser.add_argument("--gptqmodel", metavar="PYTHON", help="that of one with transformers and gptqmodel")
     chosen = parser.parse_args(arguments)
+    if not (chosen.autoawq or chosen.gptqmodel):
+        parser.error("name at least one environment: --autoawq, --gptqmodel")
     logging.set_verbosity_error()
     with TemporaryDirectory() as folder:
         try:
             checkpoint = chosen.checkpoint or build_pair(Path(folder) / "made")[1]
-            agree = compare(checkpoint, chosen.their_python, Path(folder))
+            agree = [
+                beside(checkpoint, python, Path(folder))
+                for beside, python in ((beside_autoawq, chosen.autoawq), (beside_gptqmodel, chosen.gptqmodel))
+                if python
+            ]
         except LowVRAMError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
-    return 0 if agree else 1
+    return 0 if all(agree) else 1
 
 
 def _relative(logits: Tensor, expected: Tensor) -> float:
     return float((logits - expected).norm() / expected.norm())
-
-
-def _ask_them(checkpoint: Path, their_python: str, folder: Path) -> Path:
-    """The file with AutoAWQ's logits of the same ids; its copy of the checkpoint lies beside."""
-    with OmniRuntime.open(checkpoint, device="cpu") as omni:
-        (folder / "ids.json").write_text(json.dumps(omni.preprocessor.tokenize(WORDS)))
-    logits, copy = folder / "logits.pt", folder / "copy"
-    command = [their_python, str(HERE / "autoawq_model.py"), *map(str, (checkpoint, folder / "ids.json", logits, copy))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise LowVRAMError(
-            f"AutoAWQ's Python ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}",
-            hint="the environment is described at the top of this script",
-        )
-    return logits
 
 
 if __name__ == "__main__":
