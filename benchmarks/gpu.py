@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,13 +28,14 @@ from typing import Any, TypeVar
 import torch
 from harness import card_lines, make_card, write_result
 from launches import babble, draw_options
+from turns import CLIP, SAMPLING, SPEECH, measure_turns, speech_ways
 
-from lowvram import AudioChunk, Finished, LowVRAMError, OmniRuntime, SamplingParams, SpeechParams, TextDelta
+from lowvram import AudioChunk, LowVRAMError, OmniRuntime, TextDelta
 from lowvram.demo import demo_folder
 from lowvram.device import open_device
 from lowvram.graphs import CapturedSteps, Stepping, one_by_one, open_recorder
 from lowvram.offload.plan import Phase, Placement
-from lowvram.options import TALKER_SAMPLING
+from lowvram.options import MODES
 from lowvram.room import Control, Room
 from lowvram.sampling import Sampler
 from lowvram.talker import Talker
@@ -45,14 +46,10 @@ HERE = Path(__file__).parent
 TESTS = tuple(HERE.parent / "tests" / name for name in ("test_cuda.py", "offload/test_streams.py"))
 """Where there is something for a card alone."""
 
-CLIP = HERE.parent / "examples" / "clip.mp4"
-
 NEEDED = ("torch", "transformers", "av", "safetensors", "tokenizers", "soundfile", "soxr", "psutil", "pytest")
 OPTIONAL = ("cuda.core",)
 
 MESSAGES = [{"role": "user", "content": [{"type": "video", "video": str(CLIP)}]}]
-SAMPLING = SamplingParams(max_tokens=48, seed=1)
-SPEECH = SpeechParams(sampling=replace(TALKER_SAMPLING, max_tokens=240, seed=1))
 
 COPY_BYTES = 2**28
 """Of one timed copy: past every cache, small beside any card."""
@@ -158,24 +155,10 @@ def rates(bench: Bench) -> dict[str, float]:
 
 
 def speed(bench: Bench) -> dict[str, Any]:
-    """Tokens and codes a second with everything resident, beside the floor that the card's bandwidth sets."""
-    bandwidth = rates(bench)["device_read_and_write"]
+    """First word, first sound, tokens and codes a second with everything resident, in every speech mode."""
     with bench.open() as omni:
-        list(omni.generate(MESSAGES, sampling=SAMPLING, speech=None))  # weights come, kernels are chosen
-        *_, written = omni.generate(MESSAGES, sampling=SAMPLING, speech=None)
-        *_, spoken = omni.generate(MESSAGES, sampling=SAMPLING, speech=SPEECH)
-        read_bytes = _bytes_per_step(omni)
-    assert isinstance(written, Finished) and isinstance(spoken, Finished)
-    talking_s = spoken.timings["codes"] - spoken.timings["talk"]
-    return {
-        "text_tokens_per_s": (len(written.text_ids) - 1) / (written.timings["text"] - written.timings["ttft"]),
-        "text_tokens_per_s_ceiling": bandwidth / read_bytes["thinker"],
-        "codes_per_s_text_and_sound_included": len(spoken.codec_ids) / talking_s,
-        "codes_per_s_ceiling": bandwidth / read_bytes["talker"],
-        "audio_rtf": spoken.audio_rtf,
-        "audio_underrun_s": spoken.audio_underrun_s,
-        "timings": dict(spoken.timings),
-    }
+        turns, rates = measure_turns(omni, MESSAGES, SAMPLING, speech_ways(SPEECH, MODES, ["euler"]))
+    return {"rates": asdict(rates), "turns": [asdict(turn) for turn in turns]}
 
 
 def graphs(bench: Bench) -> dict[str, Any]:
@@ -253,15 +236,6 @@ def _with_a_guest(events: Iterator[Any], bench: Bench) -> Iterator[Any]:
 def _ids(events: Iterator[Any]) -> tuple[Any, Any]:
     *_, finished = events
     return finished.text_ids, finished.codec_ids
-
-
-def _bytes_per_step(omni: OmniRuntime) -> dict[str, int]:
-    """Weights that a text token and a code read."""
-    footprint = omni._footprint
-    return {
-        "thinker": footprint.component_bytes("thinker") + footprint.component_bytes("lm_head"),
-        "talker": footprint.component_bytes("talker"),
-    }
 
 
 def _seconds(copy: Callable[[], Any], bench: Bench) -> float:

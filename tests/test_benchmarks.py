@@ -17,7 +17,7 @@ from media_files import numbered_frame, write_video
 from lowvram.offload.budget import Budget
 from lowvram.offload.meter import TRACKED_LIVE_TENSORS
 from lowvram.offload.profile import PLANNED, TRACED
-from lowvram.options import TALKER_SAMPLING, SamplingParams, SpeechParams
+from lowvram.options import MODES, TALKER_SAMPLING, SamplingParams, SpeechParams
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 BRIEF = ("--device", "cpu", "--max-tokens", "2", "--max-codes", "12")
@@ -204,6 +204,7 @@ def test_the_run_for_a_card_can_be_gone_through_without_one(
     assert results["guest"]["same_answer"] is True
     assert results["rates"]["device_read_and_write"] > 0
     assert results["overhead"]["blocks"] > 2
+    assert [turn["way"] for turn in results["speed"]["turns"]] == [f"{mode}, euler" for mode in MODES]
     assert results["graphs"]["alike_codes"] == {"one by one": 24, "fixed shapes": 24}
     assert results["races"]["exit_code"] == 0 and "test_cuda.py: " in results["races"]["printed"]
 
