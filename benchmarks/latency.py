@@ -7,7 +7,9 @@ so seconds are the decoder's own. Minutes on a CPU. Beside the wavefront and its
 reference itself (RK4, 36 evaluations), by Euler's rule, and in chunks of 48 codes that see 24 before and 12 after them
 (the authors' low-memory mode); all errors are against the whole Euler decode. Every round decodes once each way, each
 round in another order; seconds are medians, and ratios are medians of those within a round. `--picture` draws each
-way's error over the codes that its first sound waits for. What each way holds is `speech_memory.py`'s to measure.
+way's error over the codes that its first sound waits for. The floor of a way is the time in which this machine, at the
+rates that its card names, multiplies as much or reads the weights as often, whichever takes longer; an untimed decode
+counts both. What each way holds is `speech_memory.py`'s to measure, what whole turns take `turns.py`'s.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from bandwidth import TRIALS, fastest_read, seconds
 from figures import blank_figure
 from harness import card_lines, make_card, write_result
 from synthetic import SIZE_7B
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniToken2WavConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavModel
 from transformers.utils import logging
@@ -53,6 +57,9 @@ SOLVERS = ("euler", "ab2")
 COLOURS = {True: "#3f6fa3", False: "#b3401f"}
 """Ours, and others' ways."""
 
+MATMUL_SIDE = 2048
+"""Of the square matrices whose product shows the best rate."""
+
 CHUNK_CODES, BEFORE_CODES, AFTER_CODES = 48, 24, 12
 
 Pieces = Iterator[tuple[int, np.ndarray]]
@@ -69,7 +76,8 @@ REFERENCE, WHOLE = "reference, whole, rk4", "whole, euler"
 class Measured:
     """One way to decode an utterance. `work` counts evaluations per frame; `first_s` and `rtf` are compute seconds, to
     the first sample and per second of speech; `of_reference` and `of_whole` are its seconds by theirs, `spread` how far
-    the rounds' `of_whole` are apart; `error` is of the sound, relative."""
+    the rounds' `of_whole` are apart; `floor` is the share of its seconds that this machine's rates explain; `error` is
+    of the sound, relative."""
 
     way: str
     first_codes: int
@@ -78,19 +86,41 @@ class Measured:
     of_reference: float
     of_whole: float
     spread: float
+    floor: float
     work: float
     error: float
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a decode does: rows that go through the DiT's first layer, floating-point operations (those of activation
+    functions left out), and bytes of weights that it reads: the DiT's layers at each pass, the vocoder's at each piece
+    of sound."""
+
+    rows: int
+    flop: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does at best: multiplying matrices in float32, and reading."""
+
+    flop_per_s: float
+    bytes_per_s: float
+
+    def floor_s(self, work: Work) -> float:
+        """Less time it cannot take."""
+        return max(work.flop / self.flop_per_s, work.weight_bytes / self.bytes_per_s)
+
+
+@dataclass(frozen=True)
 class Decoded:
-    """One decode: seconds to the first sample and to the last, the codes that the first one waited for, the sound [S]
-    and the rows that went through the DiT's first layer."""
+    """One decode: the codes that its first sample waited for, seconds to that and to the last one, the sound [S]."""
 
     first_codes: int
     first_s: float
     seconds: float
-    rows: int
     sound: np.ndarray
 
 
@@ -176,34 +206,43 @@ def euler(dit: Any, codes: Sequence[int], x: Tensor, steps: int) -> Tensor:
     return x.mT
 
 
-def decode_once(decode: Callable[[], Pieces], model: Any) -> Decoded:
-    """Decode, and watch the clock and the work."""
-    rows, heard = _RowCount(model.code2wav_dit_model), []
+def decode_once(decode: Callable[[], Pieces]) -> Decoded:
+    """Decode, and watch the clock."""
+    heard: list[np.ndarray] = []
     first_codes, first_s = 0, 0.0
     started_s = time.perf_counter()
-    with rows:
-        for arrived, piece in decode():
-            if len(piece) and not heard:
-                first_codes, first_s = arrived, time.perf_counter() - started_s
-            heard += [piece] if len(piece) else []
-    return Decoded(first_codes, first_s, time.perf_counter() - started_s, rows.count, np.concatenate(heard))
+    for arrived, piece in decode():
+        if len(piece) and not heard:
+            first_codes, first_s = arrived, time.perf_counter() - started_s
+        heard += [piece] if len(piece) else []
+    return Decoded(first_codes, first_s, time.perf_counter() - started_s, np.concatenate(heard))
 
 
-class _RowCount:
-    """While entered, counts the rows that go through the DiT's first layer, of both branches of guidance."""
+def count_work(decode: Callable[[], Pieces], model: Any) -> Work:
+    """Decode, and count."""
+    layers, vocoder = model.code2wav_dit_model.transformer_blocks, model.code2wav_bigvgan_model
+    rows: list[int] = []
+    hook = layers[0].ff.register_forward_hook(lambda _, __, output: rows.append(output.shape[0] * output.shape[1]))
+    try:
+        with FlopCounterMode(display=False) as counter:
+            pieces = sum(len(piece) > 0 for _, piece in decode())
+    finally:
+        hook.remove()
+    layer_bytes = sum(_bytes(layer.attn) + _bytes(layer.ff) for layer in layers)
+    return Work(sum(rows), counter.get_total_flops(), len(rows) * layer_bytes + pieces * _bytes(vocoder))
 
-    def __init__(self, dit: Any) -> None:
-        self._layer = dit.transformer_blocks[0].ff
-        self.count = 0
 
-    def __enter__(self) -> None:
-        self._hook = self._layer.register_forward_hook(self._note)
+def _bytes(module: nn.Module) -> int:
+    return sum(weight.nbytes for weight in module.parameters())
 
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
 
-    def _note(self, module: Any, args: Any, output: Tensor) -> None:
-        self.count += output.shape[0] * output.shape[1]
+def rates_here() -> Rates:
+    """The best of some trials, with as many threads as torch uses now."""
+    cpu, side = torch.device("cpu"), torch.randn(MATMUL_SIDE, MATMUL_SIDE)
+    read = fastest_read(cpu)
+    multiply_s = min(seconds(lambda: side @ side, cpu) for _ in range(TRIALS))
+    read_s = min(seconds(read.work, cpu) for _ in range(TRIALS))
+    return Rates(2 * MATMUL_SIDE**3 / multiply_s, read.n_bytes / read_s)
 
 
 def all_ways(model: Any, codes: Sequence[int], modes: Iterable[str], solvers: Iterable[str], steps: int) -> Ways:
@@ -219,29 +258,31 @@ def all_ways(model: Any, codes: Sequence[int], modes: Iterable[str], solvers: It
     return ways
 
 
-def compare(ways: Ways, model: Any, codes: int, rounds: int) -> list[Measured]:
+def compare(ways: Ways, model: Any, codes: int, rounds: int, rates: Rates) -> list[Measured]:
     """Each way's figures over some rounds of all."""
     order, shuffled = list(ways), random.Random(SEED)
+    works = {way: count_work(decode, model) for way, decode in ways.items()}
     decoded: dict[str, list[Decoded]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way in order:
-            decoded[way].append(decode_once(ways[way], model))
+            decoded[way].append(decode_once(ways[way]))
         shuffled.shuffle(order)
-    return [_summed_up(way, decoded, codes) for way in ways]
+    return [_summed_up(way, works[way], decoded, codes, rates) for way in ways]
 
 
-def _summed_up(way: str, decoded: Mapping[str, Sequence[Decoded]], codes: int) -> Measured:
+def _summed_up(way: str, work: Work, decoded: Mapping[str, Sequence[Decoded]], codes: int, rates: Rates) -> Measured:
     own, exact = decoded[way], decoded[WHOLE][0].sound
-    of_whole = _ratios(own, decoded[WHOLE])
+    of_whole, spent_s = _ratios(own, decoded[WHOLE]), median(one.seconds for one in own)
     return Measured(
         way=way,
         first_codes=own[0].first_codes,
         first_s=median(one.first_s for one in own),
-        rtf=median(one.seconds for one in own) * CODES_PER_SECOND / codes,
+        rtf=spent_s * CODES_PER_SECOND / codes,
         of_reference=median(_ratios(own, decoded[REFERENCE])),
         of_whole=median(of_whole),
         spread=max(of_whole) - min(of_whole),
-        work=own[0].rows / (2 * MEL_FRAMES_PER_CODE * codes),
+        floor=rates.floor_s(work) / spent_s,
+        work=work.rows / (2 * MEL_FRAMES_PER_CODE * codes),
         error=float(np.linalg.norm(own[0].sound - exact) / np.linalg.norm(exact)),
     )
 
@@ -253,14 +294,14 @@ def _ratios(own: Sequence[Decoded], others: Sequence[Decoded]) -> list[float]:
 
 def table(results: Sequence[Measured]) -> str:
     """For people: each figure beside its ratio to the reference's and to the whole Euler decode's."""
-    titles = f"{'RTF':>7} {'x ref':>6} {'x whole':>7} {'+-':>5} {'work':>6} {'x whole':>7} {'error':>8}"
+    titles = f"{'RTF':>7} {'x ref':>6} {'x whole':>7} {'+-':>5} {'floor':>6} {'work':>6} {'x whole':>7} {'error':>8}"
     lines = [f"{'way':<26} {'first audio':>20} {titles}"]
     whole = results[1]
     for one in results:
         lines.append(
             f"{one.way:<26} {one.first_codes:>5} codes {one.first_s:>6.2f} s {one.rtf:>7.2f} {one.of_reference:>6.2f}"
-            f" {one.of_whole:>7.2f} {one.spread / 2:>5.2f} {one.work:>6.2f} {one.work / whole.work:>7.3f}"
-            f" {one.error:>8.1e}"
+            f" {one.of_whole:>7.2f} {one.spread / 2:>5.2f} {one.floor:>6.1%} {one.work:>6.2f}"
+            f" {one.work / whole.work:>7.3f} {one.error:>8.1e}"
         )
     return "\n".join(lines)
 
@@ -317,7 +358,8 @@ def measure_all(chosen: argparse.Namespace) -> dict[str, Any]:
     size = TINY if chosen.tiny else SIZE_7B
     model, codes = load(size), some_codes(size, chosen.codes)
     ways = all_ways(model, codes, chosen.modes, chosen.solvers, PARAMS.steps)
-    results = compare(ways, model, len(codes), chosen.rounds)
+    rates = rates_here()
+    results = compare(ways, model, len(codes), chosen.rounds, rates)
     card = make_card(
         f"CPU, {torch.get_num_threads()} thread(s)",
         size="a toy's" if chosen.tiny else "as published (7B)",
@@ -327,6 +369,8 @@ def measure_all(chosen: argparse.Namespace) -> dict[str, Any]:
         guidance=PARAMS.guidance,
         chunk_s=PARAMS.chunk_s,
         rounds=chosen.rounds,
+        multiplies=f"{rates.flop_per_s / 1e9:.0f} GFLOP/s",
+        reads=f"{rates.bytes_per_s / 1e9:.1f} GB/s",
     )
     return {"card": card, "ways": [asdict(one) for one in results]}
 

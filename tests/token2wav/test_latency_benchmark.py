@@ -48,6 +48,11 @@ def test_the_figures_of_each_way_are_those_of_its_definition(measured) -> None:
     assert all(one["rtf"] > 0 and one["first_s"] > 0 and one["spread"] >= 0 for one in measured[1]["ways"])
 
 
+def test_more_work_has_a_higher_floor(measured) -> None:
+    reference, whole, chunks, *_ = (one["floor"] * one["rtf"] for one in measured[1]["ways"])
+    assert reference > whole > 0 and chunks > whole
+
+
 def test_the_ratios_are_to_the_references_own_way_and_to_the_whole_decode(measured) -> None:
     reference, whole, *_ = measured[1]["ways"]
     assert (reference["of_reference"], whole["of_whole"], whole["spread"]) == (1, 1, 0)
