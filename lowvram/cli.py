@@ -1,4 +1,4 @@
-"""The command line: flags -> options, events -> streams, errors -> exit codes.
+"""The command line: each command takes groups of flags, and hands their options to what does its work.
 
 Results go to stdout, everything else to stderr. Heavy modules are imported inside the commands, so that `--help`, what
 can be refused without a model, and `plan` answer at once.
@@ -10,22 +10,22 @@ import io
 import json
 import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from . import __version__
+from .answering import Places, answer, hand_out, raise_failure, sounds_for, words_to
 from .contradictions import IN_A_CHAT, named_as_typed, refuse, refuse_to_overwrite
 from .conversation import Chat, open_part, read_arguments, text_to_speak, typed_lines
-from .errors import InfeasibleBudgetError, LowVRAMError, OptionError
-from .events import Event, Finished, Progress
+from .errors import InfeasibleBudgetError, OptionError
+from .events import Progress
+from .exit_codes import INTERRUPTED, exit_codes, told_and_forgotten
 from .flags import (
-    DEFAULT_OUTPUT,
     AsJson,
     AsNdjson,
     Beside,
@@ -53,31 +53,15 @@ from .flags import (
     VoiceName,
     spread,
 )
-from .listeners import (
-    JsonReply,
-    Listener,
-    NdjsonReply,
-    Reply,
-    Speech,
-    TextReply,
-    answer_record,
-    follow,
-    speech_to,
-    unused_path,
-    used_lines,
-    write_text,
-)
+from .listeners import JsonReply, Listener, NdjsonReply, TextReply, write_text
 from .options import Limits, SpeechParams
 from .terminal import progress_shown
 
 if TYPE_CHECKING:
     from .offload.meter import Meter
+    from .offload.plan import Plan
     from .preprocess import Preprocessor, PromptShape
     from .runtime import OmniRuntime
-
-INTERRUPTED = 130
-BROKEN_PIPE = 141
-"""What a shell reports for a program that SIGINT or SIGPIPE ended."""
 
 SHORT_QUESTION = "?"
 """What is planned for when nothing is asked, as `OmniRuntime.plan` does."""
@@ -88,6 +72,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Qwen2.5-Omni on an ordinary gaming PC: text and speech from video, inside the VRAM you name.",
+    epilog="To try it without a download: lowvram run clip.mp4 --model demo",
 )
 
 
@@ -107,7 +92,7 @@ def _nowhere() -> TextIO:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        with _exit_codes():
+        with exit_codes():
             write_text(f"lowvram {__version__}", sys.stdout)
         raise typer.Exit
 
@@ -143,30 +128,30 @@ def run(
     plan: ShowPlan = False,
 ) -> None:
     """Answer about media, a prompt, or both: text to stdout as it comes, speech to a file or the loudspeaker."""
-    with _exit_codes(verbose), ExitStack() as stack:
+    with exit_codes(verbose), ExitStack() as stack:
         refuse(_typed(ctx))
         with named_as_typed():
             limits, seen, spoken = memory.limits(), sight.params(), sound.params(voice, draw.seed)
             sampling = question.sampling(draw)
-        progress = stack.enter_context(progress_shown(quiet))
+        progress = stack.enter_context(progress_shown(quiet, verbose))
         refuse_to_overwrite(media or [], voice.output)
-        sounds = _sounds(voice) if spoken and not (dry_run or plan) else []
-        prompt = question.prompt or (SHORT_QUESTION if plan and not media else "")
-        messages = [] if speak else read_arguments(media or [], prompt, question.system, limits, stack)
+        sounds = sounds_for(voice) if spoken and not (dry_run or plan) else []
+        messages = [] if speak else _messages(question, media, limits, stack, at_least_short=plan)
         if dry_run:
             _print_shape(_preprocessor(model, progress, verbose).measure(messages, seen, limits), as_json)
             return
         runtime = stack.enter_context(_open(model, memory, machine, limits, progress, verbose))
         if plan:
-            planned = runtime.plan(messages, sampling=sampling, speech=spoken, media=seen)
-            write_text(json.dumps(planned.to_json()) if as_json else str(planned), sys.stdout)
+            _print_plan(runtime.plan(messages, sampling=sampling, speech=spoken, media=seen), runtime, as_json)
         else:
             if speak and spoken:
                 events = runtime.speak(text_to_speak(speak), speech=spoken)
             else:
                 events = runtime.generate(messages, sampling=sampling, speech=spoken, media=seen)
-            reply = (JsonReply if as_json else NdjsonReply if ndjson else TextReply)(_words_to(voice.output))
-            _answer(runtime, model.model, spoken, events, _Places(progress, sounds, reply), quiet)
+            reply = (JsonReply if as_json else NdjsonReply if ndjson else TextReply)(words_to(voice.output))
+            places = Places(progress, sounds, reply)
+            if answer(runtime, model.model, events, places, speech=spoken, quiet=quiet):
+                raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -186,23 +171,23 @@ def chat(
     verbose: Verbose = False,
 ) -> None:
     """Talk turn by turn: a line of stdin each, all of it remembered. /add FILE shows a medium, /quit ends."""
-    with _exit_codes(verbose), ExitStack() as stack:
+    with exit_codes(verbose), ExitStack() as stack:
         refuse(_typed(ctx), IN_A_CHAT)
         with named_as_typed():
             limits, seen, sampling = memory.limits(), sight.params(), question.sampling(draw)
             spoken = SpeechParams(voice=voice, mode="balanced") if play else None
         said = Chat(lambda source: open_part(source, limits, stack), media or [], question.system)
-        with progress_shown(quiet) as progress:
+        with progress_shown(quiet, verbose) as progress:
             runtime = stack.enter_context(_open(model, memory, machine, limits, progress, verbose))
         for line in typed_lines(question.prompt):
-            with _told_and_forgotten(verbose), progress_shown(quiet) as progress:
+            with told_and_forgotten(verbose), progress_shown(quiet, verbose) as progress:
                 if messages := said.take(line):
-                    sounds = _sounds(Voice(play=True)) if play else []
+                    sounds = sounds_for(Voice(play=True)) if play else []
                     events = runtime.generate(messages, sampling=sampling, speech=spoken, media=seen)
-                    finished, _ = _follow(runtime, events, _Places(progress, sounds, TextReply(sys.stdout)))
+                    finished, _ = hand_out(runtime, events, Places(progress, sounds, TextReply(sys.stdout)))
                     if finished.text:
                         said.keep(messages, finished.text)
-                    _raise_failure(sounds)
+                    raise_failure(sounds)
 
 
 @app.command()
@@ -222,25 +207,26 @@ def plan(
 ) -> None:
     """Show how an answer would use memory, on any card, at once: nothing is loaded, no weight is downloaded.
 
-    Without media and prompt: how a short question would. Exit code 0: it fits; 4: it does not. For this machine, with
-    what is free on it now: run --plan.
+    Without media and prompt: how a short question would. Exit code 0: it fits; 4: it does not.
+
+    For this machine, with what is free on it now: run --plan.
     """
     from .forecast import forecast, refusal_record
     from .planning import find_headers
     from .workload import count_turn, read_stand_ins
 
-    with _exit_codes(verbose), ExitStack() as stack:
+    with exit_codes(verbose), ExitStack() as stack:
         refuse(_typed(ctx))
         with named_as_typed():
             limits, seen, spoken = memory.limits(), sight.params(), sound.params()
             sampling, others = question.sampling(), read_stand_ins(*astuple(stand_ins))
+            device = target.place()
         budget, gpu = memory.budget(), target.card()
-        prompt = question.prompt or ("" if media else SHORT_QUESTION)
-        messages = read_arguments(media or [], prompt, question.system, limits, stack)
+        messages = _messages(question, media, limits, stack, at_least_short=True)
         headers = find_headers(model.model, model.revision)
         work = count_turn(headers, messages, others, media=seen, limits=limits, sampling=sampling, speech=spoken)
         try:
-            found = forecast(headers, work, budget, limits, card=gpu, device=target.device, dtype=memory.dtype)
+            found = forecast(headers, work, budget, limits, card=gpu, device=device, dtype=memory.dtype)
         except InfeasibleBudgetError as error:
             if as_json:
                 write_text(json.dumps(refusal_record(headers, error)), sys.stdout)
@@ -286,15 +272,14 @@ def profile(
     )
     from .workload import count_turn, read_stand_ins
 
-    with _exit_codes(verbose), ExitStack() as stack:
+    with exit_codes(verbose), ExitStack() as stack:
         refuse(_typed(ctx), NOTHING_YET)
         with named_as_typed():
             limits, seen, spoken = memory.limits(), sight.params(), sound.params()
             sampling, others = question.sampling(), read_stand_ins(*astuple(stand_ins))
         outputs = Outputs.of(html, keep, vs, media or [])
-        prompt = question.prompt or ("" if media else SHORT_QUESTION)
-        messages = read_arguments(media or [], prompt, question.system, limits, stack)
-        progress = stack.enter_context(progress_shown(quiet))
+        messages = _messages(question, media, limits, stack, at_least_short=True)
+        progress = stack.enter_context(progress_shown(quiet, verbose))
         meter = None if trace else open_counter(open_device(machine.device))
         if not quiet and (reason := patience(meter)):
             progress.say(reason)
@@ -317,8 +302,8 @@ def voices(model: Model, as_json: AsJson = False, quiet: Quiet = False, verbose:
     from .checkpoint import SPEAKERS_FILE, load_speakers
     from .planning import find_description
 
-    with _exit_codes(verbose):
-        with progress_shown(quiet) as progress:
+    with exit_codes(verbose):
+        with progress_shown(quiet, verbose) as progress:
             folder, config = find_description(model.model, model.revision, _download_shown(progress))
         names = list(load_speakers(folder / SPEAKERS_FILE)) if config.get("enable_audio_output", True) else []
         for line in [json.dumps(names)] if as_json else names:
@@ -327,10 +312,10 @@ def voices(model: Model, as_json: AsJson = False, quiet: Quiet = False, verbose:
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Show what this machine offers: versions, devices, the kernel for 4-bit weights, caches and free disk."""
+    """Show what this machine offers: versions, devices, kernels for 4-bit weights, caches and free disk."""
     from .doctor import examine, report_lines
 
-    with _exit_codes():
+    with exit_codes():
         report = examine()
         write_text(json.dumps(report) if as_json else "\n".join(report_lines(report)), sys.stdout)
 
@@ -354,13 +339,13 @@ def quantize(
     from .quantize import quantize_checkpoint
     from .quantize_command import follow_run, report_text
 
-    with _exit_codes(verbose):
+    with exit_codes(verbose):
         refuse(_typed(ctx))
         with named_as_typed():
             options = quantizing.options()
         if not verbose:
             _quieten_transformers()
-        with progress_shown(quiet) as progress:
+        with progress_shown(quiet, verbose) as progress:
             device, show = open_device(quantizing.device), _download_shown(progress)
             report = follow_run(quantize_checkpoint(source, target, options, device=device, on_download=show), progress)
         write_text(json.dumps(report.to_json()) if as_json else report_text(report), sys.stdout)
@@ -375,7 +360,7 @@ def demo_model(
     """Write the built-in demo checkpoint to a folder. It has all of an Omni's parts; its words are gibberish."""
     from .demo import TINY, DemoSize, build_demo
 
-    with _exit_codes():
+    with exit_codes():
         _quieten_transformers()
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OptionError(f"{folder} exists and is not an empty folder", hint="name a new one")
@@ -386,36 +371,6 @@ def demo_model(
         write_text(str(folder), sys.stdout)
 
 
-@contextmanager
-def _exit_codes(verbose: bool = False) -> Iterator[None]:
-    """End the program as its errors say: one sentence on stderr, and where it came from if that is asked for."""
-    try:
-        yield
-    except LowVRAMError as error:
-        _print_error(error, verbose)
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as error:
-        raise typer.Exit(INTERRUPTED) from error
-    except BrokenPipeError as error:
-        raise typer.Exit(BROKEN_PIPE) from error
-    finally:
-        _drop_unwritten(sys.stdout)
-
-
-def _print_error(error: LowVRAMError, verbose: bool) -> None:
-    if verbose:
-        traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
-
-
-def _drop_unwritten(out: TextIO) -> None:
-    """Python flushes a stream once more on its way out, and would complain of what could not be written before."""
-    try:
-        out.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-
-
 def _typed(ctx: typer.Context) -> dict[str, Any]:
     """What was typed, whatever its value: {"--output": "-", "media": [...]}, by the longest name of each."""
     sources = {param: ctx.get_parameter_source(param.name or "") for param in ctx.command.params}
@@ -423,22 +378,12 @@ def _typed(ctx: typer.Context) -> dict[str, Any]:
     return {max(param.opts, key=len): ctx.params[param.name or ""] for param in typed}
 
 
-def _sounds(voice: Voice) -> list[Speech]:
-    """Where speech goes. What cannot be written or played is refused here, before a model is opened."""
-    sounds: list[Speech] = []
-    if voice.output is not None or not voice.play:
-        output = str(unused_path(Path(DEFAULT_OUTPUT))) if voice.output is None else voice.output
-        sounds.append(speech_to(output, sys.stdout))
-    if voice.play:
-        from .playback import open_loudspeaker
-
-        sounds.append(open_loudspeaker())
-    return sounds
-
-
-def _words_to(output: str | None) -> TextIO:
-    """Words make way on stdout for raw sound."""
-    return sys.stderr if output == "-" else sys.stdout
+def _messages(
+    question: Question, media: list[str] | None, limits: Limits, stack: ExitStack, *, at_least_short: bool
+) -> list[dict[str, Any]]:
+    """What is asked; where nothing is and something `at_least_short` must be, a short question."""
+    prompt = question.prompt or (SHORT_QUESTION if at_least_short and not media else "")
+    return read_arguments(media or [], prompt, question.system, limits, stack)
 
 
 def _open(
@@ -454,7 +399,7 @@ def _open(
 
     if not verbose:
         _quieten_transformers()
-    return OmniRuntime.open(
+    runtime = OmniRuntime.open(
         model.model,
         revision=model.revision,
         vram=memory.vram,
@@ -466,6 +411,9 @@ def _open(
         meter=meter,
         on_download=_download_shown(progress),
     )
+    if verbose:
+        progress.say(f"kernel {runtime.kernel} on {runtime.device.title}")
+    return runtime
 
 
 def _preprocessor(model: Model, progress: Listener, verbose: bool) -> Preprocessor:
@@ -489,63 +437,11 @@ def _quieten_transformers() -> None:
     logging.set_verbosity_error()
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where an answer goes."""
-
-    progress: Listener
-    sounds: Sequence[Speech]
-    reply: Reply
-
-
-def _answer(
-    runtime: OmniRuntime, model: str, speech: SpeechParams | None, events: Iterator[Event], places: _Places, quiet: bool
-) -> None:
-    """Hand out an answer as it comes, then the whole of it and what it used; Ctrl-C has its own exit code."""
-    from .offload.meter import process_bytes
-
-    finished, interrupted = _follow(runtime, events, places)
-    record = answer_record(
-        finished,
-        model=model,
-        device=runtime.device.title,
-        kernel=runtime.kernel,
-        sounds=places.sounds,
-        speech_mode=speech.mode if speech else None,
-        peak_resident_bytes=process_bytes().peak_resident_bytes,
-    )
-    places.reply.end(record)
-    _raise_failure(places.sounds)
-    if not quiet:
-        write_text("\n".join(used_lines(record)), sys.stderr)
-    if interrupted:
-        raise typer.Exit(INTERRUPTED)
-
-
-def _follow(runtime: OmniRuntime, events: Iterator[Event], places: _Places) -> tuple[Finished, bool]:
-    """The answer's end, and whether Ctrl-C brought it about; nobody hears more of it then."""
-
-    def cancel() -> None:
-        runtime.cancel()
-        for sound in places.sounds:
-            sound.hush()
-
-    return follow(events, (places.progress, *places.sounds, places.reply), cancel)
-
-
-def _raise_failure(sounds: Sequence[Speech]) -> None:
-    for sound in sounds:
-        if sound.failure:
-            raise sound.failure
-
-
-@contextmanager
-def _told_and_forgotten(verbose: bool) -> Iterator[None]:
-    """A turn that fails is not the end of a chat."""
-    try:
-        yield
-    except LowVRAMError as error:
-        _print_error(error, verbose)
+def _print_plan(planned: Plan, runtime: OmniRuntime, as_json: bool) -> None:
+    """A plan for this machine, and what would compute."""
+    computes = {"device_title": runtime.device.title, "kernel": runtime.kernel}
+    text = f"{planned}\nkernel {runtime.kernel} on {runtime.device.title}"
+    write_text(json.dumps(computes | planned.to_json()) if as_json else text, sys.stdout)
 
 
 def _print_shape(shape: PromptShape, as_json: bool) -> None:

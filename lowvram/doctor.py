@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices, the kernel that would multiply 4-bit weights, caches and disk.
+"""What this machine offers: versions, devices, the kernels that would multiply by 4-bit weights, caches and disk.
 
 `examine` looks, `report_lines` tells people; between them is plain JSON.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ PUBLISHED_DTYPE = "float16"
 
 
 def examine() -> dict[str, Any]:
-    """Look at this machine. Nothing is downloaded; a device that is not there is a finding, not an error."""
+    """Look at this machine; nothing is downloaded or compiled. A device that is not there is a finding, no error."""
     from huggingface_hub.constants import HF_HUB_CACHE
+
+    from .kernel_report import report_absent_card
 
     devices, obstacle = _devices()
     return {
@@ -35,6 +38,7 @@ def examine() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "devices": [_device_record(device) for device in devices],
         "no_cuda": obstacle,
+        "kernel_with_cuda": asdict(report_absent_card()) if obstacle else None,
         "folders": [
             _folder_record("models", Path(HF_HUB_CACHE)),
             _folder_record("demo", user_cache()),
@@ -49,9 +53,10 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     lines.append(", ".join(f"{name} {number}" for name, number in report["packages"].items()))
     for device in report["devices"]:
         lines.append(f"{device['name']}: {device['title']}, {format_bytes(device['free_bytes'])} free")
-        lines.append(f"    {device['dtype']}, kernel {device['kernel']} ({device['reason']})")
+        lines += _kernel_lines(f"4-bit weights in {device['dtype']}:", device)
     if report["no_cuda"]:
         lines.append(f"cuda: {report['no_cuda']}")
+        lines += _kernel_lines("4-bit weights with a card:", report["kernel_with_cuda"])
     for folder in report["folders"]:
         lines.append(f"{folder['what']}: {folder['path']}, {format_bytes(folder['free_bytes'])} free")
     return lines
@@ -68,18 +73,22 @@ def _devices() -> tuple[list[Device], str]:
     raise AssertionError("counting ends at the first missing device")
 
 
+def _kernel_lines(what: str, kernel: Mapping[str, str]) -> Iterator[str]:
+    yield f"    {what} kernel {kernel['kernel']} ({kernel['reason']})"
+    if kernel["compiled"]:
+        yield f"    compiled here: {kernel['compiled']}"
+
+
 def _device_record(device: Device) -> dict[str, Any]:
-    from .quant.matmul import choose_backend
+    from .kernel_report import report_kernel
 
     dtype = choose_dtype("auto", device.torch, PUBLISHED_DTYPE)
-    backend = choose_backend(device.torch, dtype)
     return {
         "name": str(device.torch),
         "title": device.title,
         "free_bytes": device.free_bytes,
         "dtype": str(dtype).removeprefix("torch."),
-        "kernel": backend.name,
-        "reason": backend.reason,
+        **asdict(report_kernel(device.torch, dtype)),
     }
 
 

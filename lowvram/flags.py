@@ -20,7 +20,6 @@ from .offload.budget import Budget
 from .offload.cards import Card, find_card
 from .options import (
     KV_PRECISIONS,
-    MODES,
     SOLVERS,
     SPEECH_DTYPES,
     TALKER_SAMPLING,
@@ -78,9 +77,7 @@ SpeakText = Annotated[
     str | None,
     _flag("--speak", panel=_ASK, show_default=False, metavar="TEXT", help="Read this aloud; - is stdin's text."),
 ]
-Play = Annotated[
-    bool, _flag("--play", panel=_SAY, help="Play it while it is being made; a file is then written with -o only.")
-]
+Play = Annotated[bool, _flag("--play", panel=_SAY, help="Hear each answer while it is being made.")]
 VoiceName = Annotated[
     str | None,
     _flag("--voice", panel=_SAY, show_default="the first", help="Chelsie or Ethan; lowvram voices lists them."),
@@ -88,7 +85,9 @@ VoiceName = Annotated[
 AsJson = Annotated[bool, _flag("--json", panel=_OUT, help="One JSON object on stdout.")]
 AsNdjson = Annotated[bool, _flag("--ndjson", panel=_OUT, help="A JSON object per event on stdout.")]
 Quiet = Annotated[bool, _flag("-q", "--quiet", panel=_OUT, help="Nothing on stderr but errors.")]
-Verbose = Annotated[bool, _flag("-v", "--verbose", panel=_OUT, help="Show where an error came from, and warnings.")]
+Verbose = Annotated[
+    bool, _flag("-v", "--verbose", panel=_OUT, help="Tell more: what computes, all warnings, where an error came from.")
+]
 DryRun = Annotated[bool, _flag("--dry-run", panel=_OUT, help="Count the prompt's tokens and stop.")]
 ShowPlan = Annotated[bool, _flag("--plan", panel=_OUT, help="Show how memory would be used here and stop.")]
 Trace = Annotated[
@@ -97,10 +96,17 @@ Trace = Annotated[
 ]
 Page = Annotated[
     str | None,
-    _flag("--html", panel=_OUT, show_default=False, metavar="FILE", help="Draw it on a page that stands alone."),
+    _flag(
+        "--html",
+        panel=_OUT,
+        show_default=False,
+        metavar="FILE",
+        help="Draw it on an HTML page that needs no other file.",
+    ),
 ]
 Beside = Annotated[
-    str | None, _flag("--vs", panel=_OUT, show_default=False, metavar="FILE", help="Draw this profile beside it.")
+    str | None,
+    _flag("--vs", panel=_OUT, show_default=False, metavar="FILE", help="Draw this one, kept before, beside it."),
 ]
 Keep = Annotated[
     str | None, _flag("-o", "--keep", panel=_OUT, show_default=False, metavar="FILE", help="Keep the profile as JSON.")
@@ -111,7 +117,7 @@ Keep = Annotated[
 class Question:
     """What is asked, and how long the answer may be."""
 
-    prompt: Annotated[str, _flag("-p", "--prompt", panel=_ASK, help="What to say about the media, or without any.")] = (
+    prompt: Annotated[str, _flag("-p", "--prompt", panel=_ASK, help="What to ask about the media, or without any.")] = (
         ""
     )
     system: Annotated[
@@ -144,7 +150,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Voice:
-    """How speech sounds and where it goes."""
+    """How speech sounds and where it goes: what a plan need not know."""
 
     output: Annotated[
         str | None,
@@ -156,17 +162,10 @@ class Voice:
             help="A .wav, .flac, .ogg or .mp3 file; - is raw s16le at 24 kHz on stdout.",
         ),
     ] = None
-    play: Play = False
+    play: Annotated[
+        bool, _flag("--play", panel=_SAY, help="Hear it while it is being made; a file is then written with -o only.")
+    ] = False
     voice: VoiceName = None
-    speech_mode: Annotated[
-        str | None,
-        _flag(
-            "--speech-mode",
-            panel=_SAY,
-            show_default="exact; balanced for --play alone",
-            help=f"One of: {', '.join(MODES)}.",
-        ),
-    ] = None
     speech_temperature: Annotated[
         float, _flag("--speech-temperature", panel=_SAY, help="Of the codes; 0 is greedy.")
     ] = TALKER_SAMPLING.temperature
@@ -175,10 +174,8 @@ class Voice:
     )
 
     @property
-    def mode(self) -> SpeechMode:
+    def usual_mode(self) -> SpeechMode:
         """For ears alone early is better than exact; a file is for keeps."""
-        if self.speech_mode is not None:
-            return cast(SpeechMode, self.speech_mode)
         return "balanced" if self.play and self.output is None else "exact"
 
 
@@ -200,12 +197,21 @@ class Sound:
         int, _flag("--max-codes", panel=_SAY, help=f"The same in codes, {CODES_PER_SECOND} a second.")
     ] = TALKER_SAMPLING.max_tokens
     solver: Annotated[str, _flag("--solver", panel=_SAY, help=f"One of: {', '.join(SOLVERS)}.")] = SpeechParams.solver
-    steps: Annotated[int, _flag("--steps", panel=_SAY, help="Points of the grid that sound is solved on.")] = (
-        SpeechParams.steps
-    )
+    steps: Annotated[
+        int, _flag("--steps", panel=_SAY, help="Points of the grid that sound is solved on: more are finer and slower.")
+    ] = SpeechParams.steps
     speech_dtype: Annotated[
         str, _flag("--speech-dtype", panel=_SAY, help=f"Of the speech decoder's layers: {', '.join(SPEECH_DTYPES)}.")
     ] = SpeechParams.dtype
+    speech_mode: Annotated[
+        str | None,
+        _flag(
+            "--speech-mode",
+            panel=_SAY,
+            show_default="exact; balanced for run --play alone",
+            help="exact; balanced, low-latency: begin sooner, nearly as exact; offload: exact, for streamed weights.",
+        ),
+    ] = None
     chunk_seconds: Annotated[float, _flag("--chunk-seconds", panel=_SAY, help="Sound to hand out at a time.")] = (
         SpeechParams.chunk_s
     )
@@ -219,7 +225,7 @@ class Sound:
             steps=self.steps,
             guidance=voice.guidance,
             solver=cast(Solver, self.solver),
-            mode=voice.mode,
+            mode=cast(SpeechMode, self.speech_mode or voice.usual_mode),
             dtype=self._precision(),
             chunk_s=self.chunk_seconds,
         )
@@ -322,18 +328,28 @@ class Memory:
             "--vram",
             panel=_RUN,
             show_default="auto",
-            help="Memory to stay within, such as 8GiB; auto is what is free, in a plan what --gpu has.",
+            help="Memory to stay within, such as 8GiB; auto: what is free here; in a plan what --gpu has, or no limit.",
         ),
     ] = None
     ram: Annotated[
         str | None,
-        _flag("--ram", panel=_RUN, show_default="weights stay in their files", help="The same of the host's memory."),
+        _flag(
+            "--ram",
+            panel=_RUN,
+            show_default="weights stay in their files",
+            help="Host memory to stay within, such as 12GiB.",
+        ),
     ] = None
     kv: Annotated[
         str,
         _flag("--kv", panel=_RUN, help=f"{' or '.join(KV_PRECISIONS)}: int8 halves the cache, changing answers a bit."),
     ] = Limits.kv
-    dtype: Annotated[str, _flag("--dtype", panel=_RUN, help="auto, float32, float16 or bfloat16.")] = "auto"
+    dtype: Annotated[
+        str,
+        _flag(
+            "--dtype", panel=_RUN, help="Compute in float32, float16 or bfloat16; auto is what the model is stored in."
+        ),
+    ] = "auto"
     prefill_chunk: Annotated[int, _flag("--prefill-chunk", panel=_RUN, help="Prompt tokens to read at once.")] = (
         Limits.prefill_chunk_tokens
     )
@@ -359,7 +375,13 @@ class Machine:
 
     device: Annotated[str, _flag("--device", panel=_RUN, help="auto, cpu, cuda or cuda:N.")] = "auto"
     kernel: Annotated[
-        str | None, _flag("--kernel", panel=_RUN, show_default="the best", help="Code for 4-bit weights.")
+        str | None,
+        _flag(
+            "--kernel",
+            panel=_RUN,
+            show_default="the best that lowvram doctor finds",
+            help="Code for 4-bit weights: int4-cpu, int4-cuda, reference or triton.",
+        ),
     ] = None
 
 
@@ -404,7 +426,16 @@ class Target:
         str | None,
         _flag("--gpu", panel=_RUN, show_default=False, help="A card, such as rtx-3080-10gb: its memory and its speed."),
     ] = None
-    device: Annotated[str, _flag("--device", panel=_RUN, help="cuda or cpu.")] = "cuda"
+    device: Annotated[str, _flag("--device", panel=_RUN, help="cuda or cpu, whatever is here.")] = "cuda"
+
+    def place(self) -> str:
+        """The kind of device to plan for: "cuda", of whatever number, or "cpu"."""
+        kind, _, number = self.device.partition(":")
+        if kind not in ("cuda", "cpu") or not (number.isdecimal() or self.device == kind):
+            raise OptionError(
+                f"device {self.device!r} is none to plan for", hint="cuda or cpu; for what is here: run --plan"
+            )
+        return kind
 
     def card(self) -> Card | None:
         return find_card(self.gpu) if self.gpu else None

@@ -1,7 +1,7 @@
 """Events -> what leaves the program: text or JSON for whoever asked, sound for a file or a pipe, progress for a log.
 
 Each listener writes to the one place it is given; `follow` feeds them, and lets a first Ctrl-C end the answer. Which
-places those are, and what errors mean, is decided in `cli`.
+places those are is decided in `answering`.
 """
 
 from __future__ import annotations

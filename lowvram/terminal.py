@@ -12,14 +12,19 @@ from .listeners import Listener, ProgressLines, progress_amount
 
 
 @contextmanager
-def progress_shown(quiet: bool = False) -> Iterator[Listener]:
-    """Somewhere to show progress, with the package's own warnings beside it; nothing if it is to be quiet."""
+def progress_shown(quiet: bool = False, verbose: bool = False) -> Iterator[Listener]:
+    """Somewhere to show progress, with the package's own warnings beside it, if `verbose` also what it chose and why;
+    nothing if it is to be quiet."""
     progress = Listener() if quiet else Bar() if sys.stderr.isatty() else ProgressLines(sys.stderr)
-    log, handler = logging.getLogger(__package__), _Warnings(progress)
+    log, handler = logging.getLogger(__package__), _Log(progress)
+    level = log.level
     log.addHandler(handler)
+    if verbose:
+        log.setLevel(logging.INFO)
     try:
         yield progress
     finally:
+        log.setLevel(level)
         log.removeHandler(handler)
         progress.close()
 
@@ -62,12 +67,13 @@ class Bar(Listener):
         self._display.stop()
 
 
-class _Warnings(logging.Handler):
-    """What the package warns of, a line each."""
+class _Log(logging.Handler):
+    """What the package warns of, and what else its log is asked for, a line each."""
 
     def __init__(self, progress: Listener) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self._progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._progress.say(f"warning: {record.getMessage()}")
+        label = "warning: " if record.levelno >= logging.WARNING else ""
+        self._progress.say(f"{label}{record.getMessage()}")

@@ -395,6 +395,14 @@ def test_a_plan_without_a_question_is_the_runtimes_own(demo: Path):
         assert Plan.from_json(json.loads(planned)) == omni.plan()
 
 
+@pytest.mark.parametrize(
+    "door", [("--plan",), ("--verbose", "--no-speech", "--max-tokens", "1")], ids=["plan", "run -v"]
+)
+def test_the_kernel_that_computes_is_told(demo: Path, door: tuple[str, ...]):
+    done = lowvram("run", "-p", "hello", "--model", demo, "--kernel", "reference", "--device", "cpu", *door)
+    assert "\nkernel reference on CPU, " in f"\n{done.output}"
+
+
 def test_a_plan_for_people_names_its_kinds_of_figures(demo: Path):
     told = lowvram("plan", "-p", "hello", "--model", demo, "--gpu", "rtx-4070").stdout
     for part in (str(demo), "prompt tokens", "\nphase", "smallest budget for this turn: ", "\nexpected on rtx-4070"):
@@ -441,6 +449,14 @@ def test_doctor_names_versions_devices_and_the_kernel():
     assert report["devices"][0]["name"] == "cpu" and report["devices"][0]["kernel"]
     text = lowvram("doctor").stdout
     assert report["packages"]["torch"] in text and report["devices"][0]["kernel"] in text
+
+
+def test_doctor_tells_of_compiled_kernels_and_compiles_none(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    report = json.loads(lowvram("doctor", "--json").stdout)
+    assert not (folder / "cache").exists()
+    assert report["devices"][0]["compiled"] in lowvram("doctor").stdout
+    assert report["no_cuda"] == "" or report["kernel_with_cuda"]["kernel"] in ("int4-cuda", "reference")
 
 
 def test_doctor_names_the_folders_of_models_of_the_demo_and_of_speech(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,10 +8,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from lowvram.device import DTYPES
 from lowvram.errors import OptionError
-from lowvram.flags import Draw, Memory, Question, Sight, Sound, Target, Voice, spread
+from lowvram.flags import Draw, Machine, Memory, Question, Sight, Sound, Target, Voice, spread
 from lowvram.offload.budget import Budget
-from lowvram.options import Limits, MediaParams, SamplingParams, SpeechParams
+from lowvram.options import MODES, Limits, MediaParams, SamplingParams, SpeechParams
+from lowvram.quant.matmul import BACKENDS, BY_NAME
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,18 @@ def test_speech_that_is_no_code_long_is_refused(seconds: float):
 
 
 @pytest.mark.parametrize(
-    ("voice", "mode"),
+    ("voice", "named", "mode"),
     [
-        (Voice(), "exact"),
-        (Voice(output="reply.wav"), "exact"),
-        (Voice(play=True), "balanced"),
-        (Voice(play=True, output="reply.wav"), "exact"),
-        (Voice(play=True, speech_mode="exact"), "exact"),
-        (Voice(speech_mode="low-latency"), "low-latency"),
+        (Voice(), None, "exact"),
+        (Voice(output="reply.wav"), None, "exact"),
+        (Voice(play=True), None, "balanced"),
+        (Voice(play=True, output="reply.wav"), None, "exact"),
+        (Voice(play=True), "exact", "exact"),
+        (Voice(), "low-latency", "low-latency"),
     ],
 )
-def test_a_mode_is_exact_unless_named_or_only_played(voice: Voice, mode: str):
-    assert Sound().params(voice).mode == mode
+def test_a_mode_is_exact_unless_named_or_only_played(voice: Voice, named: str | None, mode: str):
+    assert Sound(speech_mode=named).params(voice).mode == mode
 
 
 def test_few_pixels_and_frames_make_the_usual_least_give_way():
@@ -93,6 +95,30 @@ def test_memory_is_named_in_sizes_and_auto_is_no_limit_of_ones_own():
     assert Memory(vram="8GiB", ram="12GiB").budget() == Budget(8 * 2**30, 12 * 2**30)
     assert Memory(vram="auto").budget() == Budget()
     assert Memory(kv="int8", prefill_chunk=16).limits() == Limits(kv="int8", prefill_chunk_tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("group", "flag", "names"),
+    [
+        (Sound, "speech_mode", MODES),
+        (Memory, "dtype", ("auto", *DTYPES)),
+        (Machine, "kernel", [backend.name for backend in (*BACKENDS, *BY_NAME)]),
+    ],
+)
+def test_help_names_what_there_is_to_choose_from(group: type, flag: str, names: tuple[str, ...]):
+    help_text = inspect.signature(group, eval_str=True).parameters[flag].annotation.__metadata__[0].help
+    assert [name for name in names if name not in help_text] == []
+
+
+@pytest.mark.parametrize(("device", "place"), [("cuda", "cuda"), ("cuda:1", "cuda"), ("cpu", "cpu")])
+def test_a_plan_is_for_a_kind_of_device(device: str, place: str):
+    assert Target(device=device).place() == place
+
+
+@pytest.mark.parametrize("device", ["tpu", "auto", "cuda:", "cuda:x", ""])
+def test_a_device_that_nobody_plans_for_is_refused(device: str):
+    with pytest.raises(OptionError, match="is none to plan for"):
+        Target(device=device).place()
 
 
 def test_a_card_is_found_by_name():

@@ -42,5 +42,11 @@ def test_the_packages_warnings_are_lines_beside_the_progress_while_it_is_shown(c
     log.warning("nobody listens")
     with progress_shown(quiet=True):
         log.warning("hush")
-    assert capsys.readouterr().err.count("warning: the prompt is long\n") == 1
+    with progress_shown(verbose=True):
+        log.info("the kernel is %s", "fast")
+    with progress_shown():
+        log.info("the kernel is %s", "slow")
+    told = capsys.readouterr().err
+    assert told.count("the kernel is fast\n") == 1 and "slow" not in told
+    assert told.count("warning: the prompt is long\n") == 1
     assert not logging.getLogger("lowvram").handlers

@@ -5,6 +5,7 @@ A backend decides in which layout packed weights lie on the device, fills it fro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from .int4_cpu import Int4CpuBackend
 from .packing import TensorSpec
 from .reference import ReferenceBackend
 from .triton_backend import TritonBackend
+
+log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -66,8 +69,12 @@ def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = 
 
     Raises BackendError for a name that is unknown or cannot serve there.
     """
-    if name is not None:
-        return _asked_for(name, device, dtype)
+    chosen = _best(device, dtype) if name is None else _asked_for(name, device, dtype)
+    log.info("4-bit weights on %s: kernel %s, %s", device, chosen.name, chosen.reason)
+    return chosen
+
+
+def _best(device: torch.device, dtype: torch.dtype) -> Backend:
     passed_over: list[str] = []
     for backend in BACKENDS:
         obstacle = backend.obstacle(device, dtype)

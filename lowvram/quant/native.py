@@ -62,6 +62,12 @@ def load_kernel(cache_folder: Path | None = None) -> Multiply:
     return multiply
 
 
+def compiled_file(cache_folder: Path) -> Path:
+    """Where the kernel is, or will be, kept: one file for each source and kind of machine."""
+    key = hashlib.sha256(b"\0".join((_source(), *map(str.encode, (*FLAGS, platform.machine()))))).hexdigest()[:16]
+    return cache_folder / f"int4-{key}.so"
+
+
 def self_test(multiply: Multiply) -> float:
     """The largest relative error, over several blocks and groups, for numbers of rows that the kernel treats apart."""
     generator = torch.Generator()
@@ -125,12 +131,10 @@ def _torch_team() -> _Team:
 
 @cache
 def _library(cache_folder: str) -> ctypes.CDLL:
-    source = _source()
-    key = hashlib.sha256(b"\0".join((source, *map(str.encode, (*FLAGS, platform.machine()))))).hexdigest()[:16]
-    compiled = Path(cache_folder) / f"int4-{key}.so"
+    compiled = compiled_file(Path(cache_folder))
     try:
         if not compiled.exists():
-            _compile(source, compiled)
+            _compile(_source(), compiled)
         library = ctypes.CDLL(str(compiled))
     except OSError as error:
         raise _refusal(f"it cannot be kept in {cache_folder} or loaded from there: {error}") from error

@@ -1,0 +1,100 @@
+"""An answer in the making -> its places: words or JSON to a stream, sound to a file, a pipe or the loudspeaker.
+
+What the flags about speech mean for those places is decided here, before a model is opened; what comes of Ctrl-C and of
+sound that could not be kept, while the answer is handed out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from .events import Event, Finished
+from .flags import DEFAULT_OUTPUT, Voice
+from .listeners import Listener, Reply, Speech, answer_record, follow, speech_to, unused_path, used_lines, write_text
+from .options import SpeechParams
+
+if TYPE_CHECKING:
+    from .runtime import OmniRuntime
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where an answer goes."""
+
+    progress: Listener
+    sounds: Sequence[Speech]
+    reply: Reply
+
+
+def sounds_for(voice: Voice) -> list[Speech]:
+    """Where speech goes. Raises OptionError or BackendError for what cannot be written or played, before a model is
+    opened."""
+    sounds: list[Speech] = []
+    if voice.output is not None or not voice.play:
+        output = str(unused_path(Path(DEFAULT_OUTPUT))) if voice.output is None else voice.output
+        sounds.append(speech_to(output, sys.stdout))
+    if voice.play:
+        from .playback import open_loudspeaker
+
+        sounds.append(open_loudspeaker())
+    return sounds
+
+
+def words_to(output: str | None) -> TextIO:
+    """Words make way on stdout for raw sound."""
+    return sys.stderr if output == "-" else sys.stdout
+
+
+def answer(
+    runtime: OmniRuntime,
+    model: str,
+    events: Iterator[Event],
+    places: Places,
+    *,
+    speech: SpeechParams | None,
+    quiet: bool = False,
+) -> bool:
+    """Hand out an answer as it comes, then the whole of it and, unless `quiet`, what it used.
+
+    `model` is its name in the record. Returns whether Ctrl-C ended it. Raises what the answer does, and, once
+    the words are out, LowVRAMError for sound that could not be kept.
+    """
+    from .offload.meter import process_bytes
+
+    finished, interrupted = hand_out(runtime, events, places)
+    record = answer_record(
+        finished,
+        model=model,
+        device=runtime.device.title,
+        kernel=runtime.kernel,
+        sounds=places.sounds,
+        speech_mode=speech.mode if speech else None,
+        peak_resident_bytes=process_bytes().peak_resident_bytes,
+    )
+    places.reply.end(record)
+    raise_failure(places.sounds)
+    if not quiet:
+        write_text("\n".join(used_lines(record)), sys.stderr)
+    return interrupted
+
+
+def hand_out(runtime: OmniRuntime, events: Iterator[Event], places: Places) -> tuple[Finished, bool]:
+    """Hand out an answer as it comes; its end, and whether Ctrl-C brought that about: nobody hears more of it then."""
+
+    def cancel() -> None:
+        runtime.cancel()
+        for sound in places.sounds:
+            sound.hush()
+
+    return follow(events, (places.progress, *places.sounds, places.reply), cancel)
+
+
+def raise_failure(sounds: Sequence[Speech]) -> None:
+    """Raise what kept sound from being written or played, for when the words are out."""
+    for sound in sounds:
+        if sound.failure:
+            raise sound.failure
