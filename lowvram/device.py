@@ -107,7 +107,9 @@ def choose_dtype(name: str, device: torch.device, stored: str | None) -> torch.d
 def _cpu() -> Device:
     import psutil
 
-    return Device(torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads", psutil.virtual_memory().available)
+    threads = torch.get_num_threads()
+    title = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return Device(torch.device("cpu"), title, psutil.virtual_memory().available)
 
 
 def _cuda(device: torch.device) -> Device:

@@ -18,7 +18,7 @@ from typing import Any
 
 from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, load_speakers, open_checkpoint, stored_dtype
 from .device import Device, MemoryCap, choose_dtype, open_device
-from .errors import LowVRAMError, OptionError
+from .errors import CheckpointError, LowVRAMError, OptionError
 from .events import Event
 from .model import OmniModel, build_model
 from .offload.budget import Budget
@@ -112,7 +112,7 @@ class OmniRuntime:
             reader = opening.enter_context(TensorReader())
             built = build_model(checkpoint, reader, device=opened.torch, dtype=compute, backend=backend)
             preprocessor = Preprocessor(checkpoint.folder, checkpoint.config)
-            voices = _read_voices(checkpoint) if built.speech else {}
+            voices = _read_voices(checkpoint, len(built.embed_tokens)) if built.speech else {}
             footprint = read_footprint(checkpoint.tensors, checkpoint.config, width_bytes=compute.itemsize)
             budget = _granted(asked, opened)
             opening.pop_all()  # all is well: the reader stays open until `close`
@@ -382,12 +382,20 @@ def _demo_or(model: str | Path) -> str | Path:
     return demo_folder()
 
 
-def _read_voices(checkpoint: Checkpoint) -> dict[str, Voice]:
+def _read_voices(checkpoint: Checkpoint, vocab_size: int) -> dict[str, Voice]:
     """Voices in the order in which they are published, which puts the default one first."""
-    return {
+    voices = {
         name: Voice(name, int(stored["bos_token"]), Speaker(stored["cond"], stored["ref_mel"]))
         for name, stored in load_speakers(checkpoint.speakers_path).items()
     }
+    for voice in voices.values():
+        if not 0 <= voice.bos_token < vocab_size:
+            raise CheckpointError(
+                f"voice {voice.name} begins with token {voice.bos_token}, but the model has {vocab_size} tokens",
+                path=str(checkpoint.speakers_path),
+                hint="take spk_dict.pt from the same checkpoint as the weights",
+            )
+    return voices
 
 
 def _stop_ids(checkpoint: Checkpoint, preprocessor: Preprocessor) -> frozenset[int]:

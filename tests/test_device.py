@@ -12,7 +12,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 def test_the_cpu_says_what_it_is_and_what_is_free():
     device = open_device("cpu")
     assert device.torch == CPU
-    assert "threads" in device.title
+    assert "thread" in device.title
     assert device.free_bytes > 0
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowvram.errors import BackendError, BudgetError, CheckpointError, LowVRAMError, OptionError
 from lowvram.events import Finished, TextDelta
@@ -203,6 +205,15 @@ def test_an_unknown_model_folder_is_refused():
 def test_options_that_do_not_exist_are_refused(demo: Path, options: dict, error: type[Exception]):
     with pytest.raises(error):
         OmniRuntime.open(demo, **{"device": "cpu", **options})
+
+
+@pytest.mark.parametrize("bos_token", [-1, 10**6])
+def test_a_voice_whose_first_token_is_none_of_the_models_is_refused(demo: Path, tmp_path: Path, bos_token: int):
+    folder = shutil.copytree(demo, tmp_path / "model")
+    voices = torch.load(folder / "spk_dict.pt", weights_only=True)
+    torch.save({name: {**voice, "bos_token": bos_token} for name, voice in voices.items()}, folder / "spk_dict.pt")
+    with pytest.raises(CheckpointError, match=f"begins with token {bos_token}, but the model has"):
+        OmniRuntime.open(folder, device="cpu")
 
 
 def test_cuda_without_a_card_is_a_backend_error(demo: Path, monkeypatch: pytest.MonkeyPatch):

@@ -184,6 +184,8 @@ def _from_address(address: str, scheme: str, name: str, limits: Limits) -> Store
         return Stored(io.BytesIO(_decode_data_url(address, name)), name)
     if scheme == "file://":
         local = address[len(scheme) :].removeprefix("localhost")
+        if os.name == "nt" and not local.startswith("/"):
+            local = f"//{local}"  # a share: file://server/folder/clip.mp4
         return _from_path(Path(urllib.request.url2pathname(local)), name, limits)
     return Stored(_download(address, name, limits), name)
 
@@ -266,7 +268,7 @@ def _download(url: str, name: str, limits: Limits) -> BinaryIO:
     except urllib.error.HTTPError as error:
         with error:
             raise MediaError(
-                f"{name} cannot be had: the server answered {error.code} {error.reason}",
+                f"{name} cannot be had: the server answered {error.code} {_one_line(error.reason)}",
                 path=name,
                 hint="open the address in a browser",
             ) from error
@@ -343,9 +345,14 @@ def _too_large(name: str, size: str, limits: Limits) -> MediaError:
 
 def _unreadable(name: str, error: OSError | ValueError | http.client.HTTPException) -> MediaError:
     cause: object = error.reason if isinstance(error, urllib.error.URLError) else error
-    reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    reason = _one_line(getattr(cause, "strerror", None) or str(cause)) or type(cause).__name__
     limit = "network_timeout_s" if isinstance(cause, TimeoutError) else ""
     return MediaError(f"cannot read {name}: {reason}", path=name, limit=limit, hint=_way_out(cause))
+
+
+def _one_line(reason: str) -> str:
+    """A server's own words, and what urllib says of a circle of redirects, may run over several lines."""
+    return " ".join(reason.split())
 
 
 def _way_out(cause: object) -> str:

@@ -156,7 +156,8 @@ def _mean_fps(places: np.ndarray, end: int, track: VideoStream, stated_fps: floa
     span_s = float((end - int(places[0])) * (track.time_base or 0))
     if span_s <= 0:
         return stated_fps
-    counted_fps = len(places) / span_s
+    # FLV and ASF state no durations: their span ends where the last frame begins.
+    counted_fps = (len(places) - (end <= places[-1])) / span_s
     return stated_fps if abs(counted_fps - stated_fps) <= 0.01 * counted_fps else counted_fps
 
 

@@ -75,19 +75,34 @@ class Recipe:
 
 
 def read_recipe(preprocessor: Mapping[str, Any]) -> Recipe:
-    """The recipe in a checkpoint's preprocessor_config.json. Raises KeyError where that lacks a key."""
+    """The recipe in a checkpoint's preprocessor_config.json. Raises KeyError where that lacks a key, ValueError for a
+    size that is no whole number above 0 and for anything but a number per colour."""
     # Newer files write the pixel bounds as edges of `size`, in pixels all the same.
     size = preprocessor.get("size") or {}
     vision = VisionRecipe(
-        patch_size=preprocessor["patch_size"],
-        merge_size=preprocessor["merge_size"],
-        temporal_patch_size=preprocessor["temporal_patch_size"],
-        mean=tuple(preprocessor["image_mean"]),
-        std=tuple(preprocessor["image_std"]),
-        min_pixels=preprocessor.get("min_pixels") or size["shortest_edge"],
-        max_pixels=preprocessor.get("max_pixels") or size["longest_edge"],
+        patch_size=_size(preprocessor, "patch_size"),
+        merge_size=_size(preprocessor, "merge_size"),
+        temporal_patch_size=_size(preprocessor, "temporal_patch_size"),
+        mean=_per_colour(preprocessor, "image_mean"),
+        std=_per_colour(preprocessor, "image_std"),
+        min_pixels=preprocessor.get("min_pixels") or _size(size, "shortest_edge"),
+        max_pixels=preprocessor.get("max_pixels") or _size(size, "longest_edge"),
     )
-    return Recipe(vision, preprocessor["hop_length"])
+    return Recipe(vision, _size(preprocessor, "hop_length"))
+
+
+def _size(published: Mapping[str, Any], key: str) -> int:
+    size = published[key]
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{key} is {size!r}, but must be a whole number above 0")
+    return size
+
+
+def _per_colour(published: Mapping[str, Any], key: str) -> tuple[float, float, float]:
+    match published[key]:
+        case [int() | float() as red, int() | float() as green, int() | float() as blue]:
+            return red, green, blue
+    raise ValueError(f"{key} is {published[key]!r}, but must be a number for each of 3 colours")
 
 
 def window_frames(config: Mapping[str, Any]) -> int:

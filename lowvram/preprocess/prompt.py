@@ -122,13 +122,15 @@ class Preprocessor:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        published = _read_json(folder / "preprocessor_config.json")
+        path = folder / "preprocessor_config.json"
+        published = _read_json(path)
         try:
-            self._mel = _mel_recipe(published)
             self._recipe = read_recipe(published)
+            self._mel = _mel_recipe(published)
         except KeyError as error:
-            path = str(folder / "preprocessor_config.json")
-            raise CheckpointError(f"{path} lacks {error}", path=path) from error
+            raise CheckpointError(f"{path} lacks {error}", path=str(path)) from error
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} makes no sense: {error}", path=str(path)) from error
         try:
             thinker = config["thinker_config"]
             self._tokens = read_media_tokens(thinker)
@@ -286,9 +288,9 @@ def _warn_beyond_training(shape: PromptShape) -> None:
 def _too_long(shape: PromptShape, limit: str, needed: int, allowed: int) -> LowVRAMError:
     unit = "tokens" if limit == "max_prompt_tokens" else "positions"
     message = f"the prompt takes {needed:,} {unit}, but {limit} is {allowed:,}"
-    if not shape.media:
-        return OptionError(message, hint="shorten the text")
-    costliest = max(shape.media, key=lambda medium: medium.tokens)
+    costliest = max(shape.media, key=lambda medium: medium.tokens, default=None)
+    if costliest is None or costliest.tokens < shape.text_tokens:
+        return OptionError(f"{message}; {shape.text_tokens:,} tokens of it are text", hint="shorten the text")
     return MediaError(
         f"{message}; its largest part is {costliest.name} with {costliest.tokens:,} tokens",
         path=costliest.name,
@@ -333,5 +335,5 @@ def _mel_recipe(published: Mapping[str, Any]) -> MelRecipe:
 def _read_tokenizer(folder: Path) -> Qwen2Tokenizer:
     try:
         return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}", path=str(folder)) from error

@@ -82,6 +82,12 @@ class Web(BaseHTTPRequestHandler):
     def astray(self) -> None:
         self.begin(302, Location="ftp://127.0.0.1/clip")
 
+    def circle(self) -> None:
+        self.begin(302, Location="/circle")
+
+    def chatter(self) -> None:
+        self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
+
 
 asked: list[str] = []
 closing = threading.Event()
@@ -347,6 +353,13 @@ def test_a_server_that_misbehaves_is_a_media_error_soon(page: str, message: str,
     with pytest.raises(MediaError, match=message):
         read(f"{web}/{page}")
     assert time.monotonic() - started_s < 5
+
+
+@pytest.mark.parametrize("page", ["circle", "chatter"])
+def test_a_servers_own_words_are_told_in_one_line(page: str, web: str):
+    with pytest.raises(MediaError) as caught:
+        read(f"{web}/{page}")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,11 @@ def test_a_variable_rate_counts_frames_as_they_are(name: str, tmp_path: Path):
     assert measure(path).fps == pytest.approx(8 / (80 / 25), rel=0.02)
 
 
+@pytest.mark.parametrize(("name", "codec"), [("short.flv", "flv1"), ("short.wmv", "wmv2")])
+def test_a_short_clip_without_durations_keeps_its_stated_rate(name: str, codec: str, tmp_path: Path):
+    assert measure(write_video(tmp_path / name, count(12), codec)).fps == 25.0
+
+
 def test_a_clip_that_begins_late_begins_with_frame_0(tmp_path: Path):
     assert numbers(write_video(tmp_path / "late.mkv", count(5), ticks=[50, 51, 52, 53, 54])) == list(range(5))
 

@@ -300,6 +300,15 @@ def test_a_prompt_beyond_its_limit_names_its_largest_medium(preprocessor: Prepro
         pass
 
 
+def test_words_beyond_the_limit_are_to_blame_beside_a_small_picture(preprocessor: Preprocessor):
+    messages = user({"type": "image", "image": picture()}, "hi " * 100)
+    with (
+        pytest.raises(OptionError, match=r"[0-9]+ tokens of it are text \(shorten the text\)"),
+        preprocessor.open(messages, limits=Limits(max_prompt_tokens=100)),
+    ):
+        pass
+
+
 def test_words_beyond_the_limit_are_an_option_error(preprocessor: Preprocessor):
     with (
         pytest.raises(OptionError, match="max_prompt_tokens is 100"),
@@ -381,6 +390,17 @@ def test_a_preprocessor_config_that_lacks_a_key_says_which(tmp_path: Path, key: 
     write_small_omni(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(without(PREPROCESSOR_CONFIG, key)))
     with pytest.raises(CheckpointError, match=rf"preprocessor_config\.json lacks '{key}'"):
+        Preprocessor(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("patch_size", "x"), ("merge_size", -1), ("temporal_patch_size", 0), ("hop_length", None), ("image_mean", [1, 2])],
+)
+def test_a_preprocessor_config_that_makes_no_sense_says_where(tmp_path: Path, key: str, value: object):
+    write_small_omni(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSOR_CONFIG, key: value}))
+    with pytest.raises(CheckpointError, match=rf"preprocessor_config\.json makes no sense: {key} is "):
         Preprocessor(tmp_path, CONFIG)
 
 
