@@ -148,6 +148,7 @@ class Turn:
             raise
         finally:
             self.room.leave()
+            self.machine.conditionings.settle()
         yield self._finished()
 
     def _watched(self, events: Iterator[Event]) -> Iterator[Event]:

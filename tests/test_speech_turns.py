@@ -69,3 +69,11 @@ def test_a_streamed_dit_says_the_same_whatever_stays(omni: OmniRuntime, mode: st
             planned = replace(plan, phases=(*plan.phases[:-1], last))
             said.append(answer(turn_of(omni, prompt.inputs, planned, sampling=SAMPLING, speech=speech).run())[1])
     np.testing.assert_array_equal(*said)
+
+
+def test_a_voice_too_large_to_keep_is_conditioned_for_each_answer(omni: OmniRuntime, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lowvram.token2wav.conditioning.KEPT_BYTES", 1)
+    first = samples_of(omni)
+    assert omni._machine.conditionings.n_bytes == 0
+    assert phases_of(omni)[0] == "condition"
+    np.testing.assert_array_equal(samples_of(omni), first)

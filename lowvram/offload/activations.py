@@ -22,13 +22,30 @@ KV_SCALE_BYTES = 4
 KV_SLICE_TOKENS = 2048
 """Positions of an int8 cache that are read back at once."""
 
+UNPACKED_WEIGHTS = 2**22
+"""Of a packed linear, dequantized at once by the reference backend, which serves on every device; no other one's slice
+takes more."""
+
+_VOICE_BYTES = 4096
+"""Room for what conditioning leaves of a voice beside the modulations: two branches of 128 + 192 numbers."""
+
 _NOISE_AND_TURN = 80 + 64
 """Elements that a waiting mel frame has beside its code row: noise for 80 mel bins, a rotary table for heads of 64."""
 
 
+def unpacking_bytes(weights: int, in_features: int, rows: int, width_bytes: int) -> int:
+    """What a slice of a packed linear takes at its widest: each of its `weights` as a byte, in float32 and, where w is
+    narrower, in w, beside a zero point for every 32 of them or more; or then its product with `rows`, as it came and in
+    the order of the outputs."""
+    weight_bytes = 1 + 4 + (width_bytes if width_bytes < 4 else 0)
+    products_bytes = 2 * rows * (weights // in_features) * width_bytes
+    return max(weights * weight_bytes + weights // 32, products_bytes)
+
+
 @dataclass(frozen=True)
 class DecoderShape:
-    """A decoder stack (thinker or talker). `input_size` is the width of the rows it is given, `vocab` of its logits."""
+    """A decoder stack (thinker or talker). `input_size` is the width of the rows it is given, `vocab` of its logits;
+    `unpacked_weights` of a linear are dequantized at once (0: none is packed)."""
 
     layers: int
     hidden: int
@@ -38,6 +55,7 @@ class DecoderShape:
     head_dim: int
     input_size: int
     vocab: int
+    unpacked_weights: int = 0
 
     def kv_bytes_per_token(self, width_bytes: int, kv: KVPrecision = "16bit") -> int:
         """Keys and values of every layer: 2 x layers x KV heads x (d x w), in int8 (d + 4). 7B thinker: 56 KiB in 16
@@ -46,88 +64,118 @@ class DecoderShape:
         return 2 * self.layers * self.kv_heads * head_bytes
 
     def activation_bytes(
-        self, chunk_tokens: int, width_bytes: int, kv: KVPrecision = "16bit", cache_tokens: int = KV_SLICE_TOKENS
+        self,
+        chunk_tokens: int,
+        width_bytes: int,
+        kv: KVPrecision = "16bit",
+        prompt_tokens: int = KV_SLICE_TOKENS,
+        cache_tokens: int = KV_SLICE_TOKENS,
     ) -> int:
-        """Prefill of a chunk, or a decode step (a chunk of one) with its logits, whichever is wider.
+        """The widest of three: prefill of a chunk, a decode step (a chunk of one), and drawing from its logits.
 
-        Per token, all the time: the chunk's rows as they came (`input_size`), projected if they need to be (h), the
-        last chunk's result and the layer's input (2h), cosine and sine (2d), three int64 positions. Beside them the
-        widest of some points. MLP: the sum with the attention and its norm (2h), the gate's activation, the up
-        projection and their product (3i). Attention: the norm (h), queries, their copy as rows and two partial results
-        (4 x heads x d), keys and values (2 x KV heads x d), and the float32 copies that merge the results (3 x heads
-        x d at 4 bytes). 7B thinker, 16 bit: 146.5 KiB, of which the three products are 111.
+        Per token, all the time: the layer's input (h), cosine and sine (2d), three int64 positions. Beside them the
+        widest of some points. The rows as they came, where they are projected (`input_size`). MLP: the sum with the
+        attention and its norm (2h), the gate's activation, the up projection and their product (3i). Attention: the
+        norm (h), queries, their copy as rows and two partial results (4 x heads x d), keys and values (2 x KV heads x
+        d), and the float32 copies that merge the results (3 x heads x d at 4 bytes). 7B thinker, 16 bit: 132.5 KiB, of
+        which the three products are 111.
 
-        From an int8 cache attention reads slices of 2048 positions, or of all `cache_tokens` where that is fewer: one
-        layer's keys and values (w each) and the float32 of whichever is being scaled; beside them the norm, queries as
-        they came and turned (2 x heads x d), keys and values, and the sum of the slices so far (heads x d at 4 bytes).
-        7B: 8 MiB a slice.
+        From an int8 cache attention reads slices of 2048 positions, or of all that are there where that is fewer
+        (beside a full chunk its own or those before it, at a decode step `cache_tokens`): one layer's keys and values
+        (w each) and the float32 of whichever is being scaled; beside them the norm, queries as they came and turned
+        (2 x heads x d), keys and values, and the sum of the slices so far (heads x d at 4 bytes). 7B: 8 MiB a slice.
+
+        A packed linear is dequantized slice by slice (`unpacking_bytes`): at the widest beside the MLP's sum and norm
+        (2h), the gate's activation and the up projection (2i), or beside the norm, queries, keys and values. 7B: 28 MiB
+        a slice, more than the third product of a chunk of 778 tokens or less.
 
         The logits are drawn from in float32: penalized, sorted with their indices, summed up; about 48 bytes each.
         """
-        slice_tokens = min(KV_SLICE_TOKENS, cache_tokens) if kv == "int8" else 0
-        prefill_bytes = self._chunk_bytes(chunk_tokens, width_bytes, slice_tokens)
-        return max(prefill_bytes, self._chunk_bytes(1, width_bytes, slice_tokens) + 48 * self.vocab)
+        beside_chunk = max(chunk_tokens, prompt_tokens - chunk_tokens)
+        return max(
+            self._chunk_bytes(chunk_tokens, width_bytes, kv, beside_chunk),
+            self._chunk_bytes(1, width_bytes, kv, cache_tokens),
+            self._rows_bytes(1, width_bytes) + 48 * self.vocab,
+        )
 
-    def state_bytes(self, width_bytes: int) -> int:
-        """What stays between steps: which ids were drawn (a byte for each there is) and the last position's row."""
-        return self.vocab + self.hidden * width_bytes
+    def state_bytes(self, width_bytes: int, kv: KVPrecision = "16bit") -> int:
+        """What stays between steps: for each id there is, whether it was drawn (a byte) and the noise that the next one
+        is drawn with (4); the last position's row; and the matrix that keys are turned by in int8 (d x d at 4)."""
+        turn_bytes = 4 * self.head_dim**2 if kv == "int8" else 0
+        return (1 + 4) * self.vocab + self.hidden * width_bytes + turn_bytes
 
-    def _chunk_bytes(self, chunk_tokens: int, width_bytes: int, slice_tokens: int) -> int:
+    def _rows_bytes(self, tokens: int, width_bytes: int) -> int:
+        """What a chunk has all the time."""
+        return tokens * ((self.hidden + 2 * self.head_dim) * width_bytes + 3 * 8)
+
+    def _chunk_bytes(self, tokens: int, width_bytes: int, kv: KVPrecision, positions: int) -> int:
+        """A chunk in a layer, at its widest point."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        always = self.input_size + 2 * self.hidden + 2 * self.head_dim
-        if self.input_size != self.hidden:
-            always += self.hidden
-        mlp = (2 * self.hidden + 3 * self.intermediate) * width_bytes
-        merging = (self.hidden + 4 * queries + 2 * keys) * width_bytes + 3 * queries * 4
-        widest = chunk_tokens * max(mlp, merging)
-        if slice_tokens:
+        points = [
+            tokens * self.input_size * width_bytes,
+            tokens * (2 * self.hidden + 3 * self.intermediate) * width_bytes,
+            tokens * ((self.hidden + 4 * queries + 2 * keys) * width_bytes + 3 * queries * 4),
+        ]
+        if kv == "int8":
             reading = (self.hidden + 2 * queries + 2 * keys) * width_bytes + queries * 4
-            widest = max(widest, chunk_tokens * reading + slice_tokens * keys * (2 * width_bytes + 4))
-        return chunk_tokens * (always * width_bytes + 3 * 8) + widest
+            points.append(tokens * reading + min(KV_SLICE_TOKENS, positions) * keys * (2 * width_bytes + 4))
+        if self.unpacked_weights:
+            beside = max(2 * self.hidden + 2 * self.intermediate, self.hidden + queries + 2 * keys)
+            slice_bytes = unpacking_bytes(self.unpacked_weights, self.hidden, tokens, width_bytes)
+            points.append(tokens * beside * width_bytes + slice_bytes)
+        return self._rows_bytes(tokens, width_bytes) + max(points)
 
 
 @dataclass(frozen=True)
 class VisionShape:
-    """The vision tower. `patch_elements` is one patch's pixels: channels x temporal patch x patch x patch."""
+    """The vision tower. `patch_elements` is one patch's pixels: channels x temporal patch x patch x patch;
+    `unpacked_weights` of a linear are dequantized at once (0: none is packed)."""
 
     hidden: int
     intermediate: int
     head_dim: int
     patch_elements: int
+    unpacked_weights: int = 0
 
     def activation_bytes(self, patches: int, width_bytes: int) -> int:
         """A run of patches through a layer, whichever is wider of two points, beside pixels, rotary table and indices.
 
         Rotating the keys, in float32: the layer's input, its norm, q, k, v (5h at w) and the float32 copies of q and
         k, the rotated q, and three products on the way to the rotated k (6h at 4 bytes). In the MLP: the layer's
-        input, its sum with the attention, the norm (3h) and the three products of gate and up (3i).
+        input, its sum with the attention, the norm (3h) and the three products of gate and up (3i). To either a slice
+        of a packed linear is added, whichever linear it is.
         """
         rotating = 5 * self.hidden * width_bytes + 6 * self.hidden * 4
         mlp = (3 * self.hidden + 3 * self.intermediate) * width_bytes
         beside = self.patch_elements * width_bytes + 2 * self.head_dim * 4 + 3 * 8
-        return patches * (max(rotating, mlp) + beside)
+        slice_bytes = unpacking_bytes(self.unpacked_weights, self.hidden, patches, width_bytes)
+        return patches * (max(rotating, mlp) + beside) + slice_bytes
 
 
 @dataclass(frozen=True)
 class AudioShape:
-    """The audio tower. One window is `window_frames` mel frames and half as many positions."""
+    """The audio tower. One window is `window_frames` mel frames and half as many positions; `unpacked_weights` of a
+    linear are dequantized at once (0: none is packed)."""
 
     hidden: int
     ffn: int
     mel_bins: int
     window_frames: int
+    unpacked_weights: int = 0
 
     def activation_bytes(self, windows: int, width_bytes: int) -> int:
         """A run of windows through a layer's feed-forward part, its widest point.
 
         Per position: the convolved window, the layer's input and its sum with the attention (3h), the feed-forward
         product before and after its activation (2f); per mel frame its bins. The convolutions run one window at a
-        time: a frame's first convolution and its activation (2h), and those of half as many positions.
+        time: a frame's first convolution and its activation (2h), and those of half as many positions. A slice of a
+        packed linear is added, whichever linear it is.
         """
         positions = self.window_frames // 2
         layer = windows * (positions * (3 * self.hidden + 2 * self.ffn) + self.window_frames * self.mel_bins)
         convolving = windows * positions * self.hidden + 3 * self.window_frames * self.hidden
-        return max(layer, convolving) * width_bytes
+        slice_bytes = unpacking_bytes(self.unpacked_weights, self.hidden, windows * positions, width_bytes)
+        return max(layer, convolving) * width_bytes + slice_bytes
 
 
 @dataclass(frozen=True)
@@ -175,8 +223,9 @@ class SoundShape:
     vocoder_flops_per_frame: int = 0
 
     def constants_bytes(self, evaluations: int) -> int:
-        """What conditioning leaves: for each ODE evaluation each layer's six modulations, and two for the output."""
-        return evaluations * (6 * self.layers + 2) * self.hidden * TOKEN2WAV_WIDTH_BYTES
+        """What conditioning leaves: a voice's vectors, and for each ODE evaluation each layer's six modulations and two
+        for the output."""
+        return _VOICE_BYTES + evaluations * (6 * self.layers + 2) * self.hidden * TOKEN2WAV_WIDTH_BYTES
 
     def conditioning_bytes(self, voice_frames: int, evaluations: int) -> int:
         """What conditioning computes with: a voice in the speaker encoder beside the constants, and these once more."""

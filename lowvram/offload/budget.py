@@ -58,8 +58,8 @@ def format_bytes(n_bytes: int) -> str:
 class Budget:
     """How much memory a run may hold: `vram_bytes` on the device; None is no limit.
 
-    `ram_bytes` bounds what the process holds on the host: itself, the prompt's rows, and copies of weights that travel
-    often. Without it weights wait in their files.
+    `ram_bytes` bounds what the process holds on the host: itself, the prompt's rows, voices it knows, and copies of
+    weights that travel often. Without it weights wait in their files.
     """
 
     vram_bytes: int | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from ..options import SpeechDtype
 from .activations import (
     DIT_LAYER_WIDTH_BYTES,
     TOKEN2WAV_WIDTH_BYTES,
+    UNPACKED_WEIGHTS,
     AudioShape,
     DecoderShape,
     SoundShape,
@@ -126,14 +127,15 @@ def read_footprint(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any
         sizes["lm_head"]["lm_head"] = _device_bytes(tensors[ON_HOST[0]], width_bytes)
     _require_complete(sizes)
     dit = {name: tensor for name, tensor in wanted.items() if _component_of(name) == "dit"}
+    packed = {_component_of(name) for name, tensor in wanted.items() if tensor.dtype not in _FLOATS}
     return Footprint(
         components={name: tuple(_in_order(blocks)) for name, blocks in sizes.items()},
         host_bytes=sum(tensors[name].n_bytes for name in ON_HOST if name in tensors),
         width_bytes=width_bytes,
-        thinker=_decoder_shape(config, "thinker_config.text_config", len(sizes["thinker"]) - 1),
-        visual=_vision_shape(config),
-        audio=_audio_shape(config),
-        talker=_decoder_shape(config, "talker_config", len(sizes["talker"]) - 1) if speaks else None,
+        thinker=_decoder_shape(config, "thinker_config.text_config", sizes["thinker"], packed & {"thinker", "lm_head"}),
+        visual=_vision_shape(config, is_packed="visual" in packed),
+        audio=_audio_shape(config, is_packed="audio_tower" in packed),
+        talker=_decoder_shape(config, "talker_config", sizes["talker"], packed & {"talker"}) if speaks else None,
         sound=_sound_shape(config) if speaks else None,
         half_dit=tuple(_in_order(_sizes(dit, width_bytes, DIT_LAYER_WIDTH_BYTES["float16"]).get("dit", {}))),
     )
@@ -202,38 +204,46 @@ def _require_complete(sizes: Mapping[str, Mapping[str, int]]) -> None:
             )
 
 
-def _decoder_shape(config: Mapping[str, Any], path: str, layers: int) -> DecoderShape:
+def _decoder_shape(config: Mapping[str, Any], path: str, blocks: Sized, packed: Set[str]) -> DecoderShape:
+    """`blocks` are its layers and, last, the rest; `packed` the components of it that store packed linears."""
     hidden, heads = _number(config, f"{path}.hidden_size"), _number(config, f"{path}.num_attention_heads")
+    intermediate, vocab = _number(config, f"{path}.intermediate_size"), _number(config, f"{path}.vocab_size")
+    widest = max(intermediate, vocab) if "lm_head" in packed else intermediate
     return DecoderShape(
-        layers=layers,
+        layers=len(blocks) - 1,
         hidden=hidden,
-        intermediate=_number(config, f"{path}.intermediate_size"),
+        intermediate=intermediate,
         heads=heads,
         kv_heads=_number(config, f"{path}.num_key_value_heads"),
         head_dim=_number(config, f"{path}.head_dim", hidden // heads),
         input_size=_number(config, f"{path}.embedding_size", hidden),
-        vocab=_number(config, f"{path}.vocab_size"),
+        vocab=vocab,
+        unpacked_weights=min(UNPACKED_WEIGHTS, hidden * widest) if packed else 0,
     )
 
 
-def _vision_shape(config: Mapping[str, Any]) -> VisionShape:
+def _vision_shape(config: Mapping[str, Any], *, is_packed: bool) -> VisionShape:
     path = "thinker_config.vision_config"
     hidden, patch = _number(config, f"{path}.hidden_size"), _number(config, f"{path}.patch_size")
+    intermediate = _number(config, f"{path}.intermediate_size")
     return VisionShape(
         hidden=hidden,
-        intermediate=_number(config, f"{path}.intermediate_size"),
+        intermediate=intermediate,
         head_dim=hidden // _number(config, f"{path}.num_heads"),
         patch_elements=3 * _number(config, f"{path}.temporal_patch_size", 2) * patch**2,
+        unpacked_weights=min(UNPACKED_WEIGHTS, hidden * intermediate) if is_packed else 0,
     )
 
 
-def _audio_shape(config: Mapping[str, Any]) -> AudioShape:
+def _audio_shape(config: Mapping[str, Any], *, is_packed: bool) -> AudioShape:
     path = "thinker_config.audio_config"
+    hidden, ffn = _number(config, f"{path}.d_model"), _number(config, f"{path}.encoder_ffn_dim")
     return AudioShape(
-        hidden=_number(config, f"{path}.d_model"),
-        ffn=_number(config, f"{path}.encoder_ffn_dim"),
+        hidden=hidden,
+        ffn=ffn,
         mel_bins=_number(config, f"{path}.num_mel_bins"),
         window_frames=2 * _number(config, f"{path}.n_window"),
+        unpacked_weights=min(UNPACKED_WEIGHTS, hidden * ffn) if is_packed else 0,
     )
 
 

@@ -79,11 +79,11 @@ class Phase:
 class Plan:
     """How one turn runs inside a budget (None: no limit). Chunk sizes are what fits, at most what was asked for.
 
-    Beside its phases the device holds a context (CUDA and its kernels), a workspace (cuBLAS, dequantizing) and slack
-    (tables that stay, the allocator's rounding). `kv` is how the caches store a number: in the compute dtype, or in
-    8 bits. `host_tiers` maps names of blocks to where the host keeps them; those it does not name are read from their
-    file. `host_bytes` is what the process holds on the host, those blocks included, of `ram_bytes` (None: no limit).
-    `smallest_budget_bytes` is the least budget in which this turn runs at all.
+    Beside its phases the device holds a context (CUDA and its kernels), a workspace (inside cuBLAS and other kernels)
+    and slack (tables that stay, the allocator's rounding). `kv` is how the caches store a number: in the compute dtype,
+    or in 8 bits. `host_tiers` maps names of blocks to where the host keeps them; those it does not name are read from
+    their file. `host_bytes` is what the process holds on the host, those blocks included, of `ram_bytes` (None: no
+    limit). `smallest_budget_bytes` is the least budget in which this turn runs at all.
     """
 
     device: str

@@ -256,7 +256,8 @@ class Prices:
             case "thinker" | "talker":
                 shape = footprint.thinker if stage == "thinker" else footprint.talker
                 assert shape
-                return shape.activation_bytes(prefill_tokens, width_bytes, turn.kv, self.cache_tokens(stage))
+                positions = turn.prompt_tokens, self.cache_tokens(stage)
+                return shape.activation_bytes(prefill_tokens, width_bytes, turn.kv, *positions)
             case "conditioning":
                 assert footprint.sound
                 return footprint.sound.conditioning_bytes(turn.voice_frames, turn.ode_evaluations)
@@ -266,10 +267,10 @@ class Prices:
 
     def state_bytes(self, stages: Sequence[str]) -> int:
         """What stages of a phase keep between steps, whichever of them is computing."""
-        footprint = self.footprint
-        kept = {"thinker": footprint.thinker.state_bytes(footprint.width_bytes)}
+        footprint, storing = self.footprint, (self.footprint.width_bytes, self.turn.kv)
+        kept = {"thinker": footprint.thinker.state_bytes(*storing)}
         if footprint.talker and footprint.sound:
-            kept["talker"] = footprint.talker.state_bytes(footprint.width_bytes)
+            kept["talker"] = footprint.talker.state_bytes(*storing)
             kept["token2wav"] = footprint.sound.state_bytes(self.turn.decoding)
         return sum(kept.get(stage, 0) for stage in stages)
 

@@ -1,4 +1,4 @@
-"""A RAM budget to what the host keeps: the process itself, the prompt's rows, and copies of weights ready to travel.
+"""A RAM budget to what the host keeps: the process, the prompt's rows, known voices, copies of weights ready to travel.
 
 Without a RAM budget weights wait in their files. Within one, those blocks come first that cross the bus most: copied
 into memory once, page-locked while the operating system will have it, so that each later crossing is one transfer.
@@ -26,16 +26,23 @@ STAGING_BYTES = 2 * 32 * MIB
 MEDIA_BYTES = 64 * MIB
 """Pictures and sound that are decoded and not encoded yet."""
 
+KEPT_CONDITIONINGS_BYTES = 20 * MIB
+"""Voices and solvers that earlier turns have worked out for the speech decoder: as many as `token2wav` keeps."""
+
 PINNED_SHARE = 0.4
 """Of the RAM budget, at most, page-locked: Windows lends no more."""
 
 
 def host_bytes(footprint: Footprint, turn: Turn, *, has_cuda: bool) -> int:
-    """What a turn needs on the host, weights not counted: the process, staging, media in flight, and the prompt's rows
-    for the thinker and, with speech, for the talker."""
+    """What a turn needs on the host, weights not counted: the process, staging, media in flight; the prompt's rows for
+    the thinker and, with speech, for the talker; and where the checkpoint speaks, what earlier turns left to condition
+    its speech with and what this one adds."""
     base_bytes = HOST_BASE_CUDA_BYTES if has_cuda else HOST_BASE_BYTES
     rows_bytes = turn.prompt_tokens * footprint.thinker.hidden * footprint.width_bytes
-    return base_bytes + STAGING_BYTES + MEDIA_BYTES + rows_bytes * (2 if turn.codes else 1)
+    conditionings_bytes = KEPT_CONDITIONINGS_BYTES if footprint.sound else 0
+    if footprint.sound and turn.codes and not turn.is_conditioned:
+        conditionings_bytes += footprint.sound.constants_bytes(turn.ode_evaluations)
+    return base_bytes + STAGING_BYTES + MEDIA_BYTES + rows_bytes * (2 if turn.codes else 1) + conditionings_bytes
 
 
 def choose_tiers(footprint: Footprint, choice: Choice, room_bytes: int, ram_bytes: int) -> dict[str, HostTier]:

@@ -20,8 +20,9 @@ from ..flow import Attempt, at_once
 from ..options import Solver, SpeechParams
 from .ode import Stage, solver_stages, time_grid
 
-MOST_KEPT = 4
-"""Conditionings on the host: an application has few voices, and most use one."""
+KEPT_BYTES = 20 * 2**20
+"""Of conditionings on the host, for later turns: four of a 7B's 9 evaluations, or one of the reference's 36. An
+application has few voices, and most use one. The plan's host side counts so much (`offload/ram.py`)."""
 
 _UNGUIDED_BELOW = 1e-5
 """Guidance under which the reference leaves the null branch out."""
@@ -84,7 +85,8 @@ class Setting:
 
 
 class Conditionings:
-    """The latest few that were made, on the host, by their setting."""
+    """The latest that were made, on the host, by their setting: no more than `KEPT_BYTES` in all, but for the one that
+    a turn has just made, which stays whatever its size until the turn is over (`settle`)."""
 
     def __init__(self) -> None:
         self._kept: dict[Setting, Conditioning] = {}
@@ -95,10 +97,21 @@ class Conditionings:
     def __getitem__(self, setting: Setting) -> Conditioning:
         return self._kept[setting]
 
+    @property
+    def n_bytes(self) -> int:
+        return sum(made.n_bytes for made in self._kept.values())
+
     def keep(self, setting: Setting, made: Conditioning) -> None:
-        """Keep one more; the oldest beyond `MOST_KEPT` goes."""
+        """Add the one that a turn has made. The oldest go until all fit, or only this one is left."""
         self._kept[setting] = made
-        while len(self._kept) > MOST_KEPT:
+        self._drop_oldest(down_to=1)
+
+    def settle(self) -> None:
+        """The turn is over: one too large to keep goes, too."""
+        self._drop_oldest(down_to=0)
+
+    def _drop_oldest(self, down_to: int) -> None:
+        while len(self._kept) > down_to and self.n_bytes > KEPT_BYTES:
             del self._kept[next(iter(self._kept))]
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from lowvram.errors import CheckpointError
+from lowvram.offload.activations import UNPACKED_WEIGHTS
 from lowvram.offload.budget import GIB, MIB
 from lowvram.offload.footprint import Footprint, StoredTensor, read_footprint
 
@@ -92,6 +93,30 @@ def test_float32_doubles_float_tensors_but_not_packed_words_nor_token2wav(header
     assert full.component_bytes("thinker") - packed == 2 * (half.component_bytes("thinker") - packed)
 
 
+def test_only_stacks_that_store_packed_linears_dequantize(seven_b: Footprint):
+    assert seven_b.talker is not None
+    stacks = seven_b.thinker, seven_b.talker, seven_b.visual, seven_b.audio
+    assert [stack.unpacked_weights for stack in stacks] == [UNPACKED_WEIGHTS, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [
+        ("thinker.visual.blocks.0.attn.q.weight", "visual"),
+        ("thinker.audio_tower.layers.0.fc1.weight", "audio"),
+        ("talker.model.layers.0.mlp.up_proj.weight", "talker"),
+        ("thinker.lm_head.weight", "thinker"),
+    ],
+)
+def test_one_packed_linear_is_enough(headers: Headers, config: dict[str, Any], name: str, stack: str):
+    floats = {each: header for each, header in headers.items() if header.dtype != "I32"}
+    before = read_footprint(floats, config, width_bytes=2)
+    after = read_footprint(floats | {name: Stored("I32", (3584, 448), 4 * 3584 * 448)}, config, width_bytes=2)
+    names = ("thinker", "talker", "visual", "audio")
+    assert [each for each in names if getattr(after, each).unpacked_weights] == [stack]
+    assert all(getattr(before, each).unpacked_weights == 0 for each in names)
+
+
 def test_a_tensor_takes_whole_alignment_units(headers: Headers, config: dict[str, Any]):
     before = read_footprint(headers, config, width_bytes=2).component_bytes("thinker")
     odd = headers | {"thinker.model.layers.0.odd": Stored("F16", (129,), 258)}
@@ -148,7 +173,3 @@ def test_both_spellings_of_the_dit_mean_the_same(headers: Headers, config: dict[
     layers = {"look_backward_layers": [0, 20], "look_ahead_layers": [10]}
     new = changed(config, "token2wav_config.dit_config", spelled | layers)
     assert read_footprint(headers, new, width_bytes=2).sound == seven_b.sound
-
-
-# The formulas against the layers that run, counted. At 7B widths on the meta device the loops are those of the stages,
-# and attention is a leaf, as a flash kernel is, which keeps nothing but its result.

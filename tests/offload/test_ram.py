@@ -5,15 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniDiTConfig
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavDiTModel
 from turns import CHAT, MINUTE, QUARTER
 
 from lowvram.errors import InfeasibleBudgetError
+from lowvram.offload import ram, transfer
 from lowvram.offload.budget import GIB, MIB, Budget
 from lowvram.offload.footprint import Footprint
 from lowvram.offload.plan import HostTier, Placement, Plan, Turn, evenly_spaced, plan_memory
+from lowvram.offload.ram import host_bytes
 from lowvram.options import Limits
+from lowvram.token2wav.conditioning import KEPT_BYTES, Speaker, prepare
+from lowvram.token2wav.ode import solver_stages, time_grid
 
 
 def planned(
@@ -32,11 +39,43 @@ def test_without_a_ram_budget_weights_wait_in_their_files(seven_b: Footprint):
     assert planned(seven_b, 5, None).host_tiers == {}
 
 
-def test_the_host_holds_the_process_and_the_prompts_rows_twice(seven_b: Footprint):
+def test_the_host_holds_the_process_known_voices_and_the_prompts_rows_twice(seven_b: Footprint):
     rows_bytes = MINUTE.prompt_tokens * 3584 * 2
-    assert planned(seven_b, 8, None, MINUTE).host_bytes == 1536 * MIB + 128 * MIB + 2 * rows_bytes
+    assert planned(seven_b, 8, None, MINUTE).host_bytes == (1536 + 128 + 20) * MIB + 2 * rows_bytes
     silent = replace(MINUTE, codes=0)
-    assert planned(seven_b, 8, None, silent, device="cpu").host_bytes == 700 * MIB + 128 * MIB + rows_bytes
+    assert planned(seven_b, 8, None, silent, device="cpu").host_bytes == (700 + 128 + 20) * MIB + rows_bytes
+
+
+def test_a_checkpoint_without_speech_knows_no_voices(seven_b: Footprint):
+    silent, mute = replace(QUARTER, codes=0), replace(seven_b, talker=None, sound=None)
+    assert host_bytes(seven_b, silent, has_cuda=True) - host_bytes(mute, silent, has_cuda=True) == KEPT_BYTES
+
+
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_a_new_voice_is_counted_on_the_host_at_what_it_leaves_there(seven_b: Footprint, steps: int):
+    new = replace(CHAT, is_conditioned=False, ode_evaluations=steps - 1)
+    more_bytes = host_bytes(seven_b, new, has_cuda=True) - host_bytes(seven_b, CHAT, has_cuda=True)
+    with torch.device("meta"):
+        dit = Qwen2_5OmniToken2WavDiTModel(Qwen2_5OmniDiTConfig()).eval()
+    speaker = Speaker(torch.empty(1, 192), torch.empty(1, 300, 80))
+    made = prepare(dit, speaker, solver_stages("euler", time_grid(steps)), guidance=0.5)
+    assert made.n_bytes <= more_bytes < 1.001 * made.n_bytes
+
+
+def test_a_thousand_steps_are_refused_where_the_host_has_no_room_for_them(seven_b: Footprint):
+    new = replace(CHAT, is_conditioned=False, ode_evaluations=999)
+    enough_gib = planned(seven_b, 8, None, new).host_bytes / GIB
+    with pytest.raises(InfeasibleBudgetError, match="the host needs"):
+        planned(seven_b, 8, enough_gib - 0.01, new)
+    assert planned(seven_b, 8, enough_gib, new).host_tiers == {}
+
+
+def test_what_is_planned_for_known_voices_is_what_the_speech_decoder_keeps_of_them():
+    assert ram.KEPT_CONDITIONINGS_BYTES == KEPT_BYTES
+
+
+def test_what_is_planned_for_staging_is_two_buffers_of_the_transfers():
+    assert ram.STAGING_BYTES == 2 * transfer.STAGING_BYTES
 
 
 def test_layers_that_are_streamed_are_pinned_before_anything_else(seven_b: Footprint):
@@ -49,7 +88,7 @@ def test_layers_that_are_streamed_are_pinned_before_anything_else(seven_b: Footp
 
 def test_layers_walked_more_often_come_first(seven_b: Footprint):
     """With room for a few: the talker's, which cross the bus at every code, not the thinker's."""
-    plan = planned(seven_b, 3, 2.4)
+    plan = planned(seven_b, 3, 2.42)
     places = {c: p for phase in plan.phases for c, p in phase.placements.items()}
     assert places["thinker"] is places["talker"] is Placement.STREAMED
     large = {name for name in plan.host_tiers if not name.endswith(".rest")}

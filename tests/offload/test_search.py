@@ -171,7 +171,7 @@ class Everything:
                 return turn.codes // 48 + 2, checkpoint.sound.activation_bytes(turn.decoding), 0
         steps, framing = (turn.text_tokens, 0) if stage == "thinker" else (turn.codes, 2)
         positions = turn.prompt_tokens + framing + steps
-        prefilling = checkpoint.thinker.activation_bytes(read, 2, turn.kv, positions)
+        prefilling = checkpoint.thinker.activation_bytes(read, 2, turn.kv, turn.prompt_tokens, positions)
         return rows + steps, prefilling, positions * per_token
 
     def moved_once(self, cut: tuple[tuple[str, ...], ...], picks: dict[str, Pick], budget_bytes: int) -> int | None:
@@ -182,8 +182,9 @@ class Everything:
         stayable = [c for c in size if c not in (*streamed, "dit_conditioning")]
         rooms = []
         sound_bytes = self.footprint.sound.state_bytes(self.turn.decoding)
+        decoder_bytes = 5 * 100 + 64 * 2 + (4 * 16**2 if self.turn.kv == "int8" else 0)
         for run in cut:
-            kept = {"thinker": 100 + 64 * 2, "talker": 100 + 64 * 2, "token2wav": sound_bytes}
+            kept = {"thinker": decoder_bytes, "talker": decoder_bytes, "token2wav": sound_bytes}
             state_bytes = sum(kept.get(stage, 0) for stage in run)
             need = sum(picks[s][2] for s in run) + max(picks[s][3] for s in run) + state_bytes
             rooms.append(({c for stage in run for c in COMPONENTS[stage]}, budget_bytes - need))

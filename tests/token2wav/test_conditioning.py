@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniTo
 
 from lowvram.errors import CheckpointError
 from lowvram.options import SpeechParams
-from lowvram.token2wav.conditioning import MOST_KEPT, Conditionings, Setting, Speaker, condition, prepare
+from lowvram.token2wav.conditioning import KEPT_BYTES, Conditioning, Conditionings, Setting, Speaker, condition, prepare
 from lowvram.token2wav.dit import SystolicDiT, WavefrontDiT
 from lowvram.token2wav.ode import solver_stages, time_grid
 
@@ -106,9 +106,34 @@ def test_mode_and_precision_seed_and_chunk_share_a_setting() -> None:
     assert Setting.of("Chelsie", other) == Setting.of("Chelsie", SpeechParams())
 
 
+def of_bytes(n_bytes: int) -> Conditioning:
+    """A conditioning of that size; nobody will hear it."""
+    nothing = torch.empty(0, device="meta")
+    return Conditioning((), 0.5, nothing, nothing, torch.empty(n_bytes, dtype=torch.uint8, device="meta"), nothing)
+
+
+VOICES = [Setting.of(str(voice), SpeechParams()) for voice in range(4)]
+
+
 def test_the_oldest_conditioning_makes_room_for_a_new_one() -> None:
-    kept, made = Conditionings(), conditioning_of(small_dit(), TIMES)
-    settings = [Setting.of(str(voice), SpeechParams()) for voice in range(MOST_KEPT + 1)]
-    for setting in settings:
-        kept.keep(setting, made)
-    assert [setting in kept for setting in settings] == [False] + [True] * MOST_KEPT
+    kept = Conditionings()
+    for setting in VOICES:
+        kept.keep(setting, of_bytes(KEPT_BYTES // 3))
+    assert [setting in kept for setting in VOICES] == [False, True, True, True]
+    assert kept.n_bytes <= KEPT_BYTES
+
+
+def test_a_conditioning_too_large_to_keep_serves_its_turn_and_goes_with_it() -> None:
+    kept = Conditionings()
+    kept.keep(VOICES[0], of_bytes(100))
+    kept.keep(VOICES[1], of_bytes(KEPT_BYTES + 1))
+    assert (VOICES[0] in kept, VOICES[1] in kept) == (False, True)
+    kept.settle()
+    assert kept.n_bytes == 0
+
+
+def test_what_is_small_enough_stays_when_its_turn_is_over() -> None:
+    kept = Conditionings()
+    kept.keep(VOICES[0], of_bytes(KEPT_BYTES))
+    kept.settle()
+    assert VOICES[0] in kept
