@@ -26,8 +26,10 @@ from lowvram.quant.calibrate import search_clip
 from lowvram.quant.layer import Chunk, LayerQuantizer, store_linear
 from lowvram.quant.packing import fake_quantize, unpack_columns
 from lowvram.quant.recipe import UNCLIPPED, ScaledGroup
+from lowvram.quant.storage import AWQStorage
 
 GROUP_SIZE = 32
+STORAGE = AWQStorage(GROUP_SIZE)
 HIDDEN, INTERMEDIATE, HEADS = 128, 256, 4
 SAMPLES, SAMPLE_TOKENS = 6, 64
 LOUD_CHANNELS = {3: 30.0, 17: 10.0, 90: 20.0}
@@ -106,7 +108,7 @@ def their_scales(kind: type, toy: Toy, group: ScaledGroup, inputs: Tensor) -> Te
 def compare(kv_heads: int, seed: int) -> bool:
     """Print how far the two differ on one toy; whether they agree."""
     toy = make_toy(kv_heads, seed)
-    quantizer = LayerQuantizer(toy.layer, GROUP_SIZE, _dtypes(toy.layer))
+    quantizer = LayerQuantizer(toy.layer, STORAGE, _dtypes(toy.layer))
     inputs = _linear_inputs(quantizer, toy)
     quantizer.weigh(toy.chunk)
     agree = True
@@ -121,7 +123,7 @@ def compare(kv_heads: int, seed: int) -> bool:
     for group, statistics in quantizer.statistics.items():
         for path in (path for path in group.linears if path not in UNCLIPPED):
             weight = toy.layer.get_submodule(path).weight
-            ours = search_clip(weight, statistics.moments(), GROUP_SIZE)
+            ours = search_clip(weight, statistics.moments(), STORAGE)
             as_is, as_stored = (
                 _share_of_same(ours, autoawq(kind)._compute_best_clip(weight, inputs[group.linears[0]]).squeeze(-1))
                 for kind in (AwqQuantizer, StoredSteps)
@@ -153,7 +155,7 @@ def _linear_inputs(quantizer: LayerQuantizer, toy: Toy) -> dict[str, Tensor]:
 def _same_packing(linear: nn.Linear) -> bool:
     """Whether both write the same words for the same numbers, and compute alike from them."""
     weight = linear.weight.clone()
-    ours = store_linear(weight, GROUP_SIZE)
+    ours = store_linear(weight, STORAGE)
     rounded = nn.Linear(linear.in_features, linear.out_features, bias=False).requires_grad_(False)
     rounded.weight.copy_(weight)
     zeros = unpack_columns(ours["qzeros"]).t().contiguous().float()

@@ -32,6 +32,7 @@ DTYPE_CODE = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
+    torch.int64: "I64",
 }
 """safetensors' names of what is written here from memory."""
 

@@ -331,7 +331,7 @@ def quantize(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a checkpoint anew with its thinker in 4 bits (AWQ). Started again after a stop, it goes on.
+    """Write a checkpoint anew with its thinker in 4 bits (AWQ), or as asked. Started again after a stop, it goes on.
 
     One layer is on the device at a time, so that 4 GB of VRAM do for a 7B. What it cost is told layer by layer.
     """

@@ -32,7 +32,7 @@ from .options import (
     SpeechMode,
     SpeechParams,
 )
-from .quantize.options import GROUP_SIZES, QuantizeOptions
+from .quantize.options import ALSO, GROUP_SIZES, QuantizeOptions
 from .token2wav.windows import CODES_PER_SECOND
 
 DEFAULT_OUTPUT = "reply.wav"
@@ -409,12 +409,33 @@ class Quantizing:
     group_size: Annotated[
         int, _flag("--group-size", panel=_RUN, help=f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.")
     ] = QuantizeOptions.group_size
+    bits: Annotated[int, _flag("--bits", panel=_RUN, help="Of the thinker's weights: 4 or 8.")] = QuantizeOptions.bits
+    also: Annotated[
+        str | None,
+        _flag(
+            "--also",
+            panel=_RUN,
+            show_default=False,
+            metavar="PARTS",
+            help=f"Round these, too, which the published recipe leaves in 16 bit: any of {','.join(ALSO)}.",
+        ),
+    ] = None
+    also_bits: Annotated[int, _flag("--also-bits", panel=_RUN, help="Of what --also names: 4 or 8.")] = (
+        QuantizeOptions.also_bits
+    )
     device: Annotated[str, _flag("--device", panel=_RUN, help="auto, cpu, cuda or cuda:N.")] = "auto"
 
     def options(self) -> QuantizeOptions:
         """Checked; what is wrong is named by its field."""
         return QuantizeOptions(
-            self.group_size, self.samples, self.sample_tokens, self.seed, tuple(self.calibrate or ())
+            self.group_size,
+            self.samples,
+            self.sample_tokens,
+            self.seed,
+            tuple(self.calibrate or ()),
+            bits=self.bits,
+            also=tuple(part.strip() for part in self.also.split(",")) if self.also else (),
+            also_bits=self.also_bits,
         )
 
 

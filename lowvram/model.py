@@ -1,6 +1,6 @@
 """A checkpoint as the parts that stages work with. The only room that knows the modelling library's tree.
 
-The library's modules are built as skeletons without memory, 4-bit linears are fitted where the checkpoint stores
+The library's modules are built as skeletons without memory, packed linears are fitted where the checkpoint stores
 them, and every weight is handed out in blocks. Nothing of the library is subclassed or changed: its layers, norms and
 rotary tables are used as they are, its loops are not.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
@@ -28,15 +29,14 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from . import attention
-from .checkpoint import Checkpoint, TensorEntry, TensorReader
+from .checkpoint import Checkpoint, TensorReader
 from .errors import CheckpointError
 from .kv_cache import Int8KVCache, KVCache
 from .offload.transfer import TORCH_DTYPE, Transfer
 from .options import KVPrecision
-from .quant.formats import FORMATS
-from .quant.linear import AWQLinear
+from .quant.fitting import Fitter
 from .quant.matmul import Backend
-from .quant.scheme import AWQScheme, read_scheme
+from .quant.scheme import read_scheme
 from .weights import HostRows, WeightBlock
 
 EMBED_TOKENS = "thinker.model.embed_tokens.weight"
@@ -212,8 +212,7 @@ class _Builder:
         self.transfer = transfer
         self.device = device
         self.dtype = dtype
-        self.backend = backend
-        self.scheme = read_scheme(checkpoint.quantization)
+        self.fitter = Fitter(checkpoint.tensors, read_scheme(checkpoint.quantization), backend, dtype)
 
     def build(self, reader: TensorReader) -> OmniModel:
         thinker_config, talker_config = self.config.thinker_config, self.config.talker_config
@@ -234,7 +233,7 @@ class _Builder:
             hearing=hearing,
             speech=speech,
             dtype=self.dtype,
-            kernel=self.backend.name if self.scheme else "torch",
+            kernel=self.fitter.kernel,
             transfer=self.transfer,
         )
 
@@ -260,8 +259,6 @@ class _Builder:
 
     def _thinker(self, config: Any) -> tuple[tuple[WeightBlock, ...], Decoder]:
         model = Qwen2_5OmniThinkerTextModel(config)
-        if self.scheme:
-            _fit_quantized(model.layers, "thinker.model.layers.", self.tensors, self.scheme, self.backend, self.dtype)
         rest = nn.ModuleDict({"norm": model.norm})
         blocks = self._blocks("thinker", model.layers, "thinker.model.layers", rest, "thinker.model.")
         return blocks, self._decoder(model.rotary_emb, config)
@@ -269,9 +266,11 @@ class _Builder:
     def _lm_head(self) -> tuple[WeightBlock, ...]:
         config = self.config.thinker_config.text_config
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        own, shared = LM_HEAD.removesuffix("weight"), EMBED_TOKENS.removesuffix("weight")
+        if self.fitter.stores(own):
+            return (self._block("lm_head", self.fitter.fitted(head, own), own),)
         tied = LM_HEAD not in self.tensors and config.tie_word_embeddings
-        prefix = EMBED_TOKENS.removesuffix("weight") if tied else LM_HEAD.removesuffix("weight")
-        return (self._block("lm_head", head, prefix),)
+        return (self._block("lm_head", head, shared if tied else own),)
 
     def _talker(self, config: Any) -> tuple[tuple[WeightBlock, ...], Decoder]:
         model = Qwen2_5OmniTalkerModel(config)
@@ -315,6 +314,7 @@ class _Builder:
         )
 
     def _layer_blocks(self, component: str, layers: nn.ModuleList, prefix: str) -> list[WeightBlock]:
+        self.fitter.fit(layers, f"{prefix}.")
         return [self._block(f"{component}.{i}", layer, f"{prefix}.{i}.") for i, layer in enumerate(layers)]
 
     def _block(
@@ -358,8 +358,15 @@ def _speech(config: Any, decoder: Decoder, codec_embed: HostRows) -> Speech:
 def _read_config(checkpoint: Checkpoint) -> Any:
     """The library's config of a published one, old key spellings included, with our attention chosen."""
     published = copy.deepcopy(dict(checkpoint.config))  # the library writes into what it is given
-    with _without_vocabulary_warnings():
-        config: Any = Qwen2_5OmniConfig.from_dict(published)
+    try:
+        with _without_vocabulary_warnings():
+            config: Any = Qwen2_5OmniConfig.from_dict(published)
+    except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} makes no sense: {' '.join(str(error).split())}",
+            path=str(checkpoint.folder / "config.json"),
+            hint="download it again",
+        ) from error
     thinker = config.thinker_config
     for part in (thinker.text_config, thinker.vision_config, thinker.audio_config, config.talker_config):
         part._attn_implementation = attention.NAME
@@ -379,33 +386,6 @@ def _without_vocabulary_warnings() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(keep)
-
-
-def _fit_quantized(
-    layers: nn.Module,
-    prefix: str,
-    tensors: Mapping[str, TensorEntry],
-    scheme: AWQScheme,
-    backend: Backend,
-    dtype: torch.dtype,
-) -> None:
-    """Put a 4-bit linear wherever the checkpoint stores one, with a bias where it stores one (GPTQ tools add zeros).
-
-    The published list of modules left alone names none that the library's tree has, so the tensors decide.
-    """
-    marker = FORMATS[scheme.packing].marker
-    for path, linear in list(layers.named_modules()):
-        if isinstance(linear, nn.Linear) and f"{prefix}{path}.{marker}" in tensors:
-            quantized = AWQLinear(
-                linear.in_features,
-                linear.out_features,
-                bias=linear.bias is not None or f"{prefix}{path}.bias" in tensors,
-                group_size=scheme.group_size,
-                backend=backend,
-                dtype=dtype,
-                packing=scheme.packing,
-            )
-            layers.set_submodule(path, quantized)
 
 
 def _computed_tables(module: Any, device: torch.device) -> Any:

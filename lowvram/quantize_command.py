@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from .events import Progress
 from .listeners import Listener
 from .offload.budget import format_bytes
-from .quantize import LAYERS, LayerReport, QuantizeReport
+from .quantize import LAYERS, Deviations, LayerReport, PartReport, QuantizeReport
 
 STOPPED = "stopped; the same command goes on after the last finished layer"
 
 
 def follow_run(
-    events: Iterator[Progress | LayerReport | QuantizeReport],
+    events: Iterator[Progress | Deviations | LayerReport | PartReport | QuantizeReport],
     progress: Listener,
     clock: Callable[[], float] = time.monotonic,
 ) -> QuantizeReport:
@@ -27,6 +27,11 @@ def follow_run(
                     told.note(event)
                     if event.stage != LAYERS:
                         progress.show(event)
+                case Deviations(sentences=sentences):
+                    for sentence in sentences:
+                        progress.say(f"unlike the published recipe, {sentence}")
+                case PartReport():
+                    progress.say(_part_line(event))
                 case LayerReport():
                     progress.say(told.line(event))
                 case QuantizeReport():
@@ -63,13 +68,20 @@ class _Layers:
         return f"about {left_s / 60:.0f} min left" if left_s >= 90 else f"about {left_s:.0f} s left"
 
 
+def _part_line(part: PartReport) -> str:
+    sizes = f"{format_bytes(part.bytes_before)} -> {format_bytes(part.bytes_after)}"
+    return f"{part.part}: {part.linears} linears in {part.bits} bits, {sizes}, error {part.weight_error:.2e}"
+
+
 def report_text(report: QuantizeReport) -> str:
     """The report as a table for people."""
     options = report.options
     wanted = options.samples * options.sample_tokens
     short = f" of the {wanted:,} asked for" if report.calibration_tokens < wanted else ""
+    head = report.head_alone
     lines = [
-        f"{report.model}: 4 bits, groups of {options.group_size}, {format_bytes(report.weights_bytes)}",
+        f"{report.model}: {options.bits} bits, groups of {options.group_size}, {format_bytes(report.weights_bytes)}",
+        *(f"unlike the published recipe, {sentence}" for sentence in report.deviations),
         f"calibrated on {report.calibration_tokens:,} tokens{short}, measured on {report.held_out_tokens:,} others",
         "",
         "relative error of what a layer adds (mean square)",
@@ -79,5 +91,19 @@ def report_text(report: QuantizeReport) -> str:
         "next word, compared with 16 bit",
         f"{'KL':>7}  {report.rounded.kl_divergence:>16.2e}  {report.quantized.kl_divergence:>12.2e}",
         f"{'same':>7}  {report.rounded.top1:>16.2%}  {report.quantized.top1:>12.2%}",
+        *([f"of that by the output head alone: KL {head.kl_divergence:.2e}, same {head.top1:.2%}"] if head else []),
+        *_parts_table(report.parts),
     ]
     return "\n".join(lines)
+
+
+def _parts_table(parts: Sequence[PartReport]) -> list[str]:
+    if not parts:
+        return []
+    rows = (
+        f"{part.part:>10}  {part.bits:>4}  {part.linears:>7}  {format_bytes(part.bytes_before):>10}"
+        f"  {format_bytes(part.bytes_after):>10}  {part.weight_error:>9.2e}"
+        for part in parts
+    )
+    head = f"{'part':>10}  {'bits':>4}  {'linears':>7}  {'16 bit':>10}  {'written':>10}  {'error':>9}"
+    return ["", "relative square error of weights that were rounded to nearest", head, *rows]

@@ -1,7 +1,7 @@
 """Blocks: which stored tensors make up each piece of the model that moves as one, and in which layout.
 
 A block knows its bytes before it exists. Its device copy is a single run of bytes; every parameter of its module is a
-view of that run, at an offset that any kernel accepts. A 4-bit linear's parameters are what its backend reads, made
+view of that run, at an offset that any kernel accepts. A packed linear's parameters are what its kernel reads, made
 from what the checkpoint stores in their place on the way in.
 """
 
@@ -18,7 +18,7 @@ from .checkpoint import TensorEntry
 from .errors import CheckpointError
 from .offload.footprint import BLOCK_ALIGNMENT_BYTES
 from .offload.transfer import TORCH_DTYPE, Transfer
-from .quant.linear import AWQLinear
+from .quant.linear import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _lay_out(module: nn.Module, dtype: torch.dtype, paths: tuple[str, ...]) -> I
     ones in the dtype their backend chose. Parameters outside `paths` are another block's."""
     offset = 0
     for owner_path, owner in module.named_modules():
-        packed = owner.packed_names if isinstance(owner, AWQLinear) else ()
+        packed = owner.packed_names if isinstance(owner, PackedLinear) else ()
         for leaf, parameter in owner._parameters.items():
             path = f"{owner_path}.{leaf}".lstrip(".")
             if parameter is None or not path.startswith(paths):
@@ -183,15 +183,15 @@ def _lay_out(module: nn.Module, dtype: torch.dtype, paths: tuple[str, ...]) -> I
             offset = place.end
 
 
-def _quantized_linears(module: nn.Module) -> Iterator[tuple[str, AWQLinear]]:
-    """(path ending in a dot, linear) of every 4-bit linear inside."""
+def _quantized_linears(module: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """(path ending in a dot, linear) of every packed linear inside."""
     for path, child in module.named_modules():
-        if isinstance(child, AWQLinear):
+        if isinstance(child, PackedLinear):
             yield f"{path}." if path else "", child
 
 
-def _linear_of(path: str, linears: Mapping[str, AWQLinear]) -> AWQLinear | None:
-    """The 4-bit linear whose packed parameter this is, if it is one (its bias is stored as published)."""
+def _linear_of(path: str, linears: Mapping[str, PackedLinear]) -> PackedLinear | None:
+    """The packed linear whose packed parameter this is, if it is one (its bias is stored as published)."""
     owner, _, leaf = path.rpartition(".")
     linear = linears.get(f"{owner}." if owner else "")
     return linear if linear is not None and leaf in linear.packed_names else None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -93,6 +94,15 @@ def test_a_missing_tensor_is_named(checkpoint: Checkpoint):
 def test_a_missing_embedding_is_named(checkpoint: Checkpoint):
     with pytest.raises(CheckpointError, match=f"tensor {EMBED_TOKENS} is missing"):
         build(with_tensors(checkpoint, {EMBED_TOKENS: None}))
+
+
+def test_a_config_of_wrong_types_is_one_sentence_about_its_file(checkpoint: Checkpoint):
+    config = json.loads(json.dumps(checkpoint.config))
+    config["thinker_config"]["text_config"]["num_hidden_layers"] = "two"
+    with pytest.raises(CheckpointError, match=r"config\.json of .* makes no sense: .*num_hidden_layers") as caught:
+        build(replace(checkpoint, config=config))
+    assert "\n" not in str(caught.value)
+    assert caught.value.path == str(checkpoint.folder / "config.json")
 
 
 def test_a_surplus_tensor_is_named(checkpoint: Checkpoint):

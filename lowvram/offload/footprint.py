@@ -122,7 +122,7 @@ def read_footprint(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any
     speaks = bool(config.get("enable_audio_output", True)) and ON_HOST[1] in tensors
     wanted = {name: tensor for name, tensor in tensors.items() if speaks or _component_of(name) not in _SPEECH}
     sizes: dict[str, dict[str, int]] = {name: {} for name in _PREFIXES if speaks or name not in _SPEECH}
-    sizes |= _sizes(wanted, width_bytes)
+    sizes |= _sizes(wanted, width_bytes, implied_zero_points=_implies_zero_points(config))
     if not sizes["lm_head"] and ON_HOST[0] in tensors:  # tied to the embedding, which itself stays on the host
         sizes["lm_head"]["lm_head"] = _device_bytes(tensors[ON_HOST[0]], width_bytes)
     _require_complete(sizes)
@@ -142,23 +142,35 @@ def read_footprint(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any
 
 
 def _sizes(
-    tensors: Mapping[str, StoredTensor], width_bytes: int, dit_layer_bytes: int = TOKEN2WAV_WIDTH_BYTES
+    tensors: Mapping[str, StoredTensor],
+    width_bytes: int,
+    dit_layer_bytes: int = TOKEN2WAV_WIDTH_BYTES,
+    *,
+    implied_zero_points: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Bytes on the device by component and block; float tensors of the DiT's layers have a width of their own."""
     sizes: dict[str, dict[str, int]] = {}
     for name, tensor in tensors.items():
-        if name in ON_HOST:
+        if name in ON_HOST or name.endswith(".weight_shape"):  # which no kernel reads
             continue
         component = _component_of(name)
         block = _block_of(name, component)
         width = TOKEN2WAV_WIDTH_BYTES if component in _TOKEN2WAV else width_bytes
         if component == "dit" and not block.endswith(".rest"):
             width = dit_layer_bytes
-        # Beside every scale of compressed-tensors lies half a byte of zero point on the device, stored or not.
-        width += name.endswith(".weight_scale")
+        if implied_zero_points and name.endswith(".weight_scale"):
+            width += 1  # half a byte of zero point, which the device has beside every scale of 4 bits
         blocks = sizes.setdefault(component, {})
         blocks[block] = blocks.get(block, 0) + _device_bytes(tensor, width)
     return sizes
+
+
+def _implies_zero_points(config: Mapping[str, Any]) -> bool:
+    """Whether a group of 4-bit linears is symmetric: compressed-tensors then stores no zero points."""
+    thinker = config.get("thinker_config") or {}
+    entry = config.get("quantization_config") or thinker.get("quantization_config") or {}
+    groups = [group.get("weights") or {} for group in (entry.get("config_groups") or {}).values()]
+    return any(weights.get("num_bits") == 4 and weights.get("symmetric", True) for weights in groups)
 
 
 def _component_of(name: str) -> str:

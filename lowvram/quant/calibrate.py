@@ -1,4 +1,4 @@
-"""What flows into linears -> scales and clips under which 4 bits lose least: activation-aware weight quantization.
+"""What flows into linears -> scales and clips under which few bits lose least: activation-aware weight quantization.
 
 After Lin et al. 2023, "AWQ" (arXiv 2306.00978), written from its formulas with the settings of AutoAWQ 0.2.9, whose
 checkpoints are the published ones. A linear's input channels are scaled up where activations are large, which makes
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .packing import fake_quantize
+from .storage import Storage
 
 GRID_POINTS = 20
 """Ratios 0, 0.05, ... 0.95 between scaling by the weights alone and by the activations alone."""
@@ -86,16 +86,16 @@ def candidate_scales(input_magnitudes: Tensor, magnitudes: Tensor) -> Tensor:
     return torch.stack(candidates)
 
 
-def rounded_under(weight: Tensor, scales: Tensor, group_size: int) -> Tensor:
+def rounded_under(weight: Tensor, scales: Tensor, storage: Storage) -> Tensor:
     """What a linear computes with once `weight` is stored times `scales` [K] and its input divided by them."""
-    return fake_quantize(weight * scales, group_size).div_(scales)
+    return storage.nearest(weight * scales).div_(scales)
 
 
-def search_clip(weight: Tensor, moments: Tensor, group_size: int) -> Tensor:
+def search_clip(weight: Tensor, moments: Tensor, storage: Storage) -> Tensor:
     """The largest magnitudes [N, K/G] to leave to each group of `weight`: those that change its share of the output
     least, in the mean over inputs of such `moments` [K/G, G, G], once the weight is rounded."""
     rows = max(1, CLIP_SLICE_WEIGHTS // weight.shape[1])
-    return torch.cat([_search_rows(part, moments, group_size) for part in weight.split(rows)])
+    return torch.cat([_search_rows(part, moments, storage) for part in weight.split(rows)])
 
 
 def clipped(weight: Tensor, largest: Tensor, group_size: int) -> Tensor:
@@ -104,12 +104,13 @@ def clipped(weight: Tensor, largest: Tensor, group_size: int) -> Tensor:
     return weight.unflatten(1, (-1, group_size)).clamp(-bounds, bounds).flatten(1)
 
 
-def _search_rows(weight: Tensor, moments: Tensor, group_size: int) -> Tensor:
+def _search_rows(weight: Tensor, moments: Tensor, storage: Storage) -> Tensor:
+    group_size = storage.group_size
     own = weight.unflatten(1, (-1, group_size)).abs().amax(-1)
     best, least = own, torch.full_like(own, torch.inf)
     for step in range(round(NARROWEST * CLIP_STEPS)):
         largest = own * (1 - step / CLIP_STEPS)
-        change = fake_quantize(clipped(weight, largest, group_size), group_size).sub_(weight)
+        change = storage.nearest(clipped(weight, largest, group_size)).sub_(weight)
         error = _mean_square_outputs(change, moments, group_size)
         best, least = torch.where(error < least, largest, best), torch.minimum(error, least)
     return best

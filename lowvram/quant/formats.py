@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedQuantError
-from .packing import MAX_NIBBLE, NIBBLES_PER_WORD, TensorSpec, pack_columns, stored_layout
+from .packing import MAX_NIBBLE, NIBBLES_PER_WORD, TensorSpec, pack_columns, stored_layout, unpack_columns
 from .scheme import Packing
 
 AWQTensors = tuple[Tensor, Tensor, Tensor]
@@ -92,6 +92,12 @@ def from_compressed(
     return _turn_words(packed.t()), qzeros, scales
 
 
+def to_compressed(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> AWQTensors:
+    """AWQ's tensors as compressed-tensors': weight_packed, weight_zero_point and weight_scale."""
+    packed, zeros = _in_words(unpack_columns(qweight)), _in_words(unpack_columns(qzeros).t())
+    return packed, zeros.t().contiguous(), scales.t().contiguous()
+
+
 def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group_size: int) -> AWQTensors:
     """AWQ's tensors as they are."""
     return qweight, qzeros, scales
@@ -122,6 +128,12 @@ def _turn_words(of_inputs: Tensor) -> Tensor:
     """Words of eight inputs [K/8, N] -> AWQ's words of eight outputs [K, N/8]."""
     eights = of_inputs.unflatten(1, (-1, NIBBLES_PER_WORD // 2, 2)).transpose(-1, -2).flatten(-2)  # 0 2 4 6 1 3 5 7
     return transpose_nibbles(eights).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _in_words(values: Tensor) -> Tensor:
+    """int32 values 0..15 [R, C] -> words [R, C/8] whose nibbles are in the order of columns."""
+    shifts = 4 * torch.arange(NIBBLES_PER_WORD, dtype=torch.int32, device=values.device)
+    return (values.unflatten(1, (-1, NIBBLES_PER_WORD)) << shifts).sum(-1, dtype=torch.int32)
 
 
 def _in_columns(words: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One decoder layer in 16 bit -> the tensors that store it in 4, and what that changes in its output.
+"""One decoder layer in 16 bit -> the tensors that store it in 4 or 8, and what that changes in its output.
 
 The layer is the modelling library's, in float32 on its device. Calibration rows pass through it twice: once to learn
 what flows into its linears and what it hands on, once to judge the candidate scales. Rows come in chunks, so that
@@ -26,8 +26,9 @@ from .calibrate import (
     search_clip,
     weight_magnitudes,
 )
-from .packing import NIBBLES_PER_WORD, fake_quantize, pack_awq, unpack_awq
+from .packing import NIBBLES_PER_WORD
 from .recipe import LINEARS, UNCLIPPED, ScaledGroup, scaled_groups
+from .storage import SHAPE, Storage
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines [B, L, D] of the positions of a chunk."""
@@ -65,18 +66,18 @@ class _Call:
 class _Search:
     """The scales of one group: twenty candidates, and what each has cost so far."""
 
-    def __init__(self, layer: nn.Module, group: ScaledGroup, statistics: InputStatistics, group_size: int) -> None:
+    def __init__(self, layer: nn.Module, group: ScaledGroup, statistics: InputStatistics, storage: Storage) -> None:
         self._inspected = layer.get_submodule(group.inspected)
         self._weights = {_below(group.inspected, path): _weight(layer, path) for path in group.linears}
-        self._group_size = group_size
-        weights = weight_magnitudes(list(self._weights.values()), group_size)
+        self._storage = storage
+        weights = weight_magnitudes(list(self._weights.values()), storage.group_size)
         self._candidates = candidate_scales(statistics.magnitudes, weights)
         self._losses = [0.0] * len(self._candidates)
 
     def weigh(self, call: _Call) -> None:
         """Judge every candidate by one more call of the inspected module."""
         for index, scales in enumerate(self._candidates):
-            rounded = {name: rounded_under(weight, scales, self._group_size) for name, weight in self._weights.items()}
+            rounded = {name: rounded_under(weight, scales, self._storage) for name, weight in self._weights.items()}
             self._losses[index] += call.square_error(self._inspected, rounded)
 
     @property
@@ -92,13 +93,13 @@ class LayerQuantizer:
     scales are rounded to it. Until `scale` the layer is left as it was, and afterwards computes the same.
     """
 
-    def __init__(self, layer: nn.Module, group_size: int, stored: Mapping[str, torch.dtype]) -> None:
+    def __init__(self, layer: nn.Module, storage: Storage, stored: Mapping[str, torch.dtype]) -> None:
         self._layer = layer
-        self._group_size = group_size
+        self._storage = storage
         self._stored = stored
         self._groups = dict(scaled_groups(layer))
         self.statistics = {
-            group: InputStatistics(weight.shape[1], group_size, weight.device)
+            group: InputStatistics(weight.shape[1], storage.group_size, weight.device)
             for group in self._groups
             for weight in [_weight(layer, group.linears[0])]
         }
@@ -144,7 +145,7 @@ class LayerQuantizer:
 
     def _begin_searches(self) -> dict[ScaledGroup, _Search]:
         self._searches = {
-            group: _Search(self._layer, group, self.statistics[group], self._group_size)
+            group: _Search(self._layer, group, self.statistics[group], self._storage)
             for group, scalable in self._groups.items()
             if scalable
         }
@@ -174,28 +175,34 @@ class LayerQuantizer:
 
     def _round(self, path: str, moments: Tensor) -> dict[str, Tensor]:
         """Clip and round one linear; returns its stored tensors on the host."""
-        weight, group_size = _weight(self._layer, path), self._group_size
+        weight = _weight(self._layer, path)
         if path not in UNCLIPPED:
-            weight.copy_(clipped(weight, search_clip(weight, moments, group_size), group_size))
-        return store_linear(weight, group_size)
+            largest = search_clip(weight, moments, self._storage)
+            weight.copy_(clipped(weight, largest, self._storage.group_size))
+        return store_linear(weight, self._storage)
 
 
-def store_linear(weight: Tensor, group_size: int) -> dict[str, Tensor]:
-    """`weight` [N, K] as AWQ stores it, on the host; `weight` becomes what that stands for. Some rows at a time, since
+def store_linear(weight: Tensor, storage: Storage) -> dict[str, Tensor]:
+    """`weight` [N, K] as it is stored, on the host; `weight` becomes what that stands for. Some rows at a time, since
     packing takes several times the memory of what it packs."""
-    words = max(1, CLIP_SLICE_WEIGHTS // weight.shape[1] // NIBBLES_PER_WORD)
     parts = []
-    for rows in weight.split(words * NIBBLES_PER_WORD):
-        packed = pack_awq(rows, group_size)
-        rows.copy_(unpack_awq(*packed, group_size, torch.float32))
-        parts.append([tensor.cpu() for tensor in packed])
-    leaves = ("qweight", "qzeros", "scales")
-    return {leaf: torch.cat(columns, dim=1) for leaf, columns in zip(leaves, zip(*parts, strict=True), strict=True)}
+    for rows in weight.split(slice_rows(weight.shape[1])):
+        parts.append({leaf: tensor.cpu() for leaf, tensor in storage.pack(rows).items()})
+        rows.copy_(storage.nearest(rows))
+    tensors = {leaf: torch.cat([part[leaf] for part in parts], dim=storage.rows_dim) for leaf in parts[0]}
+    if SHAPE in storage.layout(weight.shape[1], len(weight)):
+        tensors[SHAPE] = torch.tensor(weight.shape, device="cpu")
+    return tensors
 
 
-def round_to_nearest(layer: nn.Module, group_size: int) -> dict[str, Tensor]:
+def slice_rows(in_features: int) -> int:
+    """How many rows of a weight to pack at once: whole words of them."""
+    return max(1, CLIP_SLICE_WEIGHTS // in_features // NIBBLES_PER_WORD) * NIBBLES_PER_WORD
+
+
+def round_to_nearest(layer: nn.Module, storage: Storage) -> dict[str, Tensor]:
     """The layer's linears as plain rounding leaves them, by parameter path: what any search has to do better than."""
-    return {f"{path}.weight": fake_quantize(_weight(layer, path), group_size) for path in LINEARS}
+    return {f"{path}.weight": storage.nearest(_weight(layer, path)) for path in LINEARS}
 
 
 def run_layer(layer: nn.Module, chunk: Chunk, parameters: Parameters | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is 4-bit: what `nn.Linear` is to a decoder layer, for a linear stored in 4 bits."""
+"""Linear layers whose weights are packed: what `nn.Linear` is to a layer, for a linear stored in 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -8,21 +8,57 @@ import torch
 from torch import Tensor, nn
 
 from .formats import FORMATS
+from .int8 import int8_layout, matmul_int8
 from .matmul import Backend
 from .packing import TensorSpec
+from .reference import Workspace
 from .scheme import Packing
 
+Specs = Mapping[str, TensorSpec]
 
-class AWQLinear(nn.Module):
-    """x [..., in_features] -> [..., out_features] by `backend`, with an optional bias.
 
-    A skeleton: its parameters (those of the backend's layout, and `bias` in `dtype`) lie on `meta`, require no
-    gradient, and wait to be replaced by tensors on the device. `stored` is what the checkpoint holds in their place, by
-    leaf name; `keeps_stored_layout` says that they are the same. Raises UnsupportedQuantError for sizes that the
-    packing cannot store.
+class PackedLinear(nn.Module):
+    """x [..., in_features] -> [..., out_features], with an optional bias.
+
+    A skeleton: its parameters (those of `layout`, and `bias` in `dtype`) lie on `meta`, require no gradient, and wait
+    to be replaced by tensors on the device. `stored` is what the checkpoint holds in their place, by leaf name;
+    `keeps_stored_layout` says that all of `layout` is among it.
     """
 
     bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group_size: int,
+        dtype: torch.dtype,
+        stored: Specs,
+        layout: Specs,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        self.stored = stored
+        self.packed_names = tuple(layout)
+        self.keeps_stored_layout = layout.items() <= stored.items()
+        for name, spec in layout.items():
+            self.register_parameter(name, _skeleton(spec))
+        self.register_parameter("bias", _skeleton(TensorSpec((out_features,), dtype)) if bias else None)
+
+    def pack(self, *stored: Tensor, out: Mapping[str, Tensor]) -> None:
+        """Fill `out` (tensors for `packed_names`) from the tensors of `stored`, in its order."""
+        raise NotImplementedError
+
+
+class AWQLinear(PackedLinear):
+    """A linear of 4 bits, multiplied by `backend`.
+
+    Raises UnsupportedQuantError for sizes that the packing cannot store.
+    """
 
     def __init__(
         self,
@@ -35,22 +71,20 @@ class AWQLinear(nn.Module):
         dtype: torch.dtype,
         packing: Packing = "awq",
     ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.group_size = group_size
+        super().__init__(
+            in_features,
+            out_features,
+            bias=bias,
+            group_size=group_size,
+            dtype=dtype,
+            stored=FORMATS[packing].layout(in_features, out_features, group_size),
+            layout=backend.layout(in_features, out_features, group_size, dtype),
+        )
         self.backend = backend
         self.packing = packing
-        self.stored: Mapping[str, TensorSpec] = FORMATS[packing].layout(in_features, out_features, group_size)
-        layout = backend.layout(in_features, out_features, group_size, dtype)
-        self.packed_names = tuple(layout)
-        self.keeps_stored_layout = dict(layout) == self.stored
-        for name, spec in layout.items():
-            self.register_parameter(name, _skeleton(spec))
-        self.register_parameter("bias", _skeleton(TensorSpec((out_features,), dtype)) if bias else None)
 
     def pack(self, *stored: Tensor, out: Mapping[str, Tensor]) -> None:
-        """Fill `out` (tensors for `packed_names`) from the tensors of `stored`, in its order.
+        """See `PackedLinear.pack`.
 
         Raises UnsupportedQuantError for numbers that AWQ's tensors cannot hold; see `matmul.Backend.pack`.
         """
@@ -63,6 +97,45 @@ class AWQLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, group_size={self.group_size}, backend={self.backend.name}"
+
+
+class Int8Linear(PackedLinear):
+    """A linear of 8 bits, dequantized a slice at a time into `workspace`, on any device.
+
+    Raises UnsupportedQuantError for sizes that cannot be stored so.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group_size: int,
+        dtype: torch.dtype,
+        workspace: Workspace,
+    ) -> None:
+        stored = int8_layout(in_features, out_features, group_size)
+        super().__init__(
+            in_features,
+            out_features,
+            bias=bias,
+            group_size=group_size,
+            dtype=dtype,
+            stored=stored,
+            layout={leaf: stored[leaf] for leaf in ("weight_packed", "weight_scale")},
+        )
+        self._workspace = workspace
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = matmul_int8(x, self.weight_packed, self.weight_scale, self.group_size, self._workspace)
+        return product if self.bias is None else product.add_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}"
 
 
 def _skeleton(spec: TensorSpec) -> nn.Parameter:

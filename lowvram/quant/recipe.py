@@ -1,16 +1,20 @@
-"""Which linears of a decoder layer are stored in 4 bits, and what takes over the scales of which: the published recipe.
+"""Which linears of a decoder layer are quantized, what takes over the scales of which, and what config.json says of it.
 
-Paths are those of the modelling library's layer, which are also the published ones below `layers.<i>.`.
+Four bits for the thinker's layers and nothing else are the published recipe, and written as AWQ. Whatever deviates from
+it is written as compressed-tensors, whose config names each linear and its width: readers of AWQ quantize the thinker
+alone, or leave the head out, and would take no notice of more. Paths within a layer are those of the modelling
+library's, which are also the published ones below `layers.<i>.`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from .packing import stored_layout
+from .storage import Storage
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,18 @@ def scaled_groups(layer: nn.Module) -> Iterator[tuple[ScaledGroup, bool]]:
         yield group, not isinstance(absorber, nn.Linear) or absorber.out_features == first.in_features
 
 
-def require_storable(layer: nn.Module, group_size: int) -> None:
-    """Raise UnsupportedQuantError for a layer with a linear that AWQ cannot store in such groups."""
-    for path in LINEARS:
-        linear = layer.get_submodule(path)
-        assert isinstance(linear, nn.Linear), path
-        stored_layout(linear.in_features, linear.out_features, group_size)
+PACK_QUANTIZED = "pack-quantized"
+
+TREES = {
+    "thinker.model.": r"thinker\.model\.(language_model\.)?",
+    "thinker.audio_tower.": r"thinker\.(model\.)?audio_tower\.",
+    "thinker.visual.": r"thinker\.(model\.)?visual\.",
+}
+"""Beginnings of published paths, and where transformers has those modules: in its tree before 5.21 and since."""
 
 
 def quantization_config(group_size: int) -> dict[str, object]:
-    """config.json's entry for a checkpoint made so."""
+    """config.json's entry for a checkpoint made by the published recipe."""
     return {
         "bits": 4,
         "group_size": group_size,
@@ -80,3 +86,41 @@ def quantization_config(group_size: int) -> dict[str, object]:
         "version": "gemm",
         "zero_point": True,
     }
+
+
+def compressed_config(linears: Mapping[Storage, Sequence[str]]) -> dict[str, object]:
+    """The entry for any other: published paths of the linears of each storage, with `*` for a layer's number."""
+    return {
+        "config_groups": {f"group_{i}": _group(*item) for i, item in enumerate(linears.items())},
+        "format": PACK_QUANTIZED,
+        "ignore": [],
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+
+
+def _group(storage: Storage, paths: Sequence[str]) -> dict[str, object]:
+    return {
+        "format": PACK_QUANTIZED,
+        "input_activations": None,
+        "output_activations": None,
+        "targets": [f"re:{_in_any_tree(path)}$" for path in paths],
+        "weights": {
+            "actorder": None,
+            "dynamic": False,
+            "group_size": storage.group_size,
+            "num_bits": storage.bits,
+            "strategy": "group",
+            "symmetric": storage.symmetric,
+            "type": "int",
+        },
+    }
+
+
+def _in_any_tree(path: str) -> str:
+    """A regular expression for a published path, wherever the modelling library has it."""
+    pattern = r"\d+".join(map(re.escape, path.split("*")))
+    for published, anywhere in TREES.items():
+        pattern = pattern.replace(re.escape(published), anywhere)
+    return pattern

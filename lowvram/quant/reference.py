@@ -21,6 +21,19 @@ CPU_SLICE_WEIGHTS = 2**20
 DEVICE_SLICE_WEIGHTS = 2**22
 """The same elsewhere, where a slice also costs the launch of a dozen kernels: 28 MiB of workspace."""
 
+CPU_HAS_FAST_BFLOAT16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def slice_weights(device: torch.device) -> int:
+    """How many weights to dequantize at once."""
+    return CPU_SLICE_WEIGHTS if device.type == "cpu" else DEVICE_SLICE_WEIGHTS
+
+
+def choose_compute_dtype(x: Tensor) -> torch.dtype:
+    """x's own; but on a CPU float32 where a product in half precision would take ten times as long."""
+    slow = x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not CPU_HAS_FAST_BFLOAT16)
+    return torch.float32 if slow and x.device.type == "cpu" else x.dtype
+
 
 class ReferenceBackend:
     """Dequantizes a slice at a time; see `matmul.Backend`."""
@@ -30,7 +43,6 @@ class ReferenceBackend:
     def __init__(self, reason: str = "") -> None:
         self.reason = reason
         self._workspace = Workspace()
-        self._bfloat16_is_fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
     @staticmethod
     def obstacle(device: torch.device, dtype: torch.dtype) -> str:
@@ -54,10 +66,9 @@ class ReferenceBackend:
         """x [..., K] -> [..., N], a new tensor in x's dtype."""
         qweight, qzeros, scales = weights["qweight"], weights["qzeros"], weights["scales"]
         in_features, words = qweight.shape
-        rows = x.reshape(-1, in_features).to(self._compute_dtype(x))
+        rows = x.reshape(-1, in_features).to(choose_compute_dtype(x))
         out = x.new_empty(len(rows), words, NIBBLES_PER_WORD)
-        slice_weights = CPU_SLICE_WEIGHTS if x.device.type == "cpu" else DEVICE_SLICE_WEIGHTS
-        step = max(1, slice_weights // in_features // NIBBLES_PER_WORD)
+        step = max(1, slice_weights(x.device) // in_features // NIBBLES_PER_WORD)
         for q, zeros, s, columns in zip(
             qweight.split(step, dim=1),
             qzeros.split(step, dim=1),
@@ -67,11 +78,6 @@ class ReferenceBackend:
         ):
             columns.copy_(_by_columns(rows @ self._dequantize(q, zeros, s, group_size, rows.dtype)))
         return out.view(*x.shape[:-1], words * NIBBLES_PER_WORD)
-
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        """x's own; but on a CPU float32 where a product in half precision would take ten times as long."""
-        slow = x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not self._bfloat16_is_fast)
-        return torch.float32 if slow and x.device.type == "cpu" else x.dtype
 
     def _dequantize(
         self, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype

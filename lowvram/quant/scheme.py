@@ -1,4 +1,4 @@
-"""How a checkpoint says it is quantized: `quantization_config` -> a 4-bit scheme, nothing, or a named refusal.
+"""How a checkpoint says it is quantized: `quantization_config` -> the kinds of its linears, or a named refusal.
 
 Reads the configs of AWQ (transformers' keys and AutoAWQ's own), GPTQ and compressed-tensors. Which linears are
 quantized they do not say: the published list of modules left alone names none that a current module tree has, so the
@@ -15,7 +15,7 @@ from ..errors import UnsupportedQuantError
 
 READABLE = (
     "this build reads 4 bits with one scale per group of inputs: AWQ (gemm), such as Qwen/Qwen2.5-Omni-7B-AWQ, GPTQ"
-    " without desc_act, and compressed-tensors (pack-quantized)"
+    " without desc_act, and compressed-tensors (pack-quantized), which may have 8 symmetric bits, too"
 )
 
 Packing = Literal["awq", "gptq", "gptq_v2", "pack-quantized", "pack-quantized, asymmetric"]
@@ -34,20 +34,31 @@ class AWQScheme:
     packing: Packing = "awq"
 
 
-def read_scheme(quantization_config: Mapping[str, Any] | None) -> AWQScheme | None:
-    """The scheme of a checkpoint; None when it is not quantized.
+@dataclass(frozen=True)
+class Int8Scheme:
+    """Weights of 8 bits with one scale per `group_size` inputs, as compressed-tensors stores them."""
+
+    group_size: int
+
+
+Scheme = tuple[AWQScheme | Int8Scheme, ...]
+"""The kinds of quantized linears that a checkpoint may store, at most one of each width."""
+
+
+def read_scheme(quantization_config: Mapping[str, Any] | None) -> Scheme:
+    """The scheme of a checkpoint; empty when it is not quantized.
 
     Absent keys mean what transformers takes them to mean: 4 bits, groups of 128, zero points, gemm, no desc_act.
     Raises UnsupportedQuantError for any other method, version, width or group, naming what it found.
     """
     if not quantization_config:
-        return None
+        return ()
     config = quantization_config
     match _method(config):
         case "awq":
-            return _read_awq(config)
+            return (_read_awq(config),)
         case "gptq":
-            return _read_gptq(config)
+            return (_read_gptq(config),)
         case "compressed-tensors":
             return _read_compressed(config)
         case method:
@@ -85,13 +96,18 @@ def _read_gptq(config: Mapping[str, Any]) -> AWQScheme:
             raise _refusal(f"by GPTQ in format {version!r}, which packs weights in another order")
 
 
-def _read_compressed(config: Mapping[str, Any]) -> AWQScheme:
-    groups = list((config.get("config_groups") or {}).values())
-    if len(groups) != 1:
-        raise _refusal(f"by compressed-tensors in {len(groups)} groups of linears instead of one")
-    weights = groups[0].get("weights") or {}
-    packing = groups[0].get("format") or config.get("format")
-    beside = {**config, **groups[0]}
+def _read_compressed(config: Mapping[str, Any]) -> Scheme:
+    """One group of linears, or one of each width: which linear is of which, its stored tensors tell."""
+    scheme = tuple(_read_group(config, group) for group in (config.get("config_groups") or {}).values())
+    if len({type(kind) for kind in scheme}) < max(1, len(scheme)):
+        raise _refusal(f"by compressed-tensors in {len(scheme)} groups of linears instead of one of each width")
+    return scheme
+
+
+def _read_group(config: Mapping[str, Any], group: Mapping[str, Any]) -> AWQScheme | Int8Scheme:
+    weights = group.get("weights") or {}
+    packing = group.get("format") or config.get("format")
+    beside = {**config, **group}
     if packing != "pack-quantized":
         raise _refusal(f"by compressed-tensors in format {packing!r}")
     for key in ("input_activations", "output_activations", "kv_cache_scheme", "transform_config"):
@@ -102,8 +118,17 @@ def _read_compressed(config: Mapping[str, Any]) -> AWQScheme:
         raise _refusal(f"by compressed-tensors with {kind} weights by {strategy}")
     if weights.get("actorder") not in ORDERS_THAT_LEAVE_GROUPS:
         raise _refusal(f"by compressed-tensors with actorder {weights['actorder']!r}, which reorders inputs")
-    group_size = _group_size("compressed-tensors", weights.get("num_bits"), weights.get("group_size"))
-    return AWQScheme(group_size, "pack-quantized" if weights.get("symmetric", True) else "pack-quantized, asymmetric")
+    return _read_weights(weights)
+
+
+def _read_weights(weights: Mapping[str, Any]) -> AWQScheme | Int8Scheme:
+    symmetric, bits = weights.get("symmetric", True), weights.get("num_bits")
+    if bits == 8 and not symmetric:
+        raise _refusal("by compressed-tensors in 8 bits with zero points")
+    group_size = _group_size("compressed-tensors", bits, weights.get("group_size"), widths=(4, 8))
+    if bits == 8:
+        return Int8Scheme(group_size)
+    return AWQScheme(group_size, "pack-quantized" if symmetric else "pack-quantized, asymmetric")
 
 
 def _method(config: Mapping[str, Any]) -> str:
@@ -112,9 +137,9 @@ def _method(config: Mapping[str, Any]) -> str:
     return str(config.get("quant_method") or implied).lower()
 
 
-def _group_size(method: str, bits: object, group_size: object) -> int:
+def _group_size(method: str, bits: object, group_size: object, widths: tuple[int, ...] = (4,)) -> int:
     """`group_size`, once the numbers of a scheme are known to be readable."""
-    if type(bits) is not int or bits != 4:
+    if type(bits) is not int or bits not in widths:
         raise _refusal(f"by {method} with bits {bits!r}")
     if type(group_size) is not int or group_size < 1:
         raise _refusal(f"by {method} with group_size {group_size!r}, which is not a positive number of inputs")

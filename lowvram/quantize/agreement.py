@@ -35,9 +35,9 @@ class HeadComparison:
         """How many rows to add at a time."""
         return max(1, SLICE_LOGITS // self._lse.numel())
 
-    def add(self, rows: Tensor) -> None:
-        """The head's next rows [v, H] float32."""
-        logits = (self._hidden @ rows.t()).double()
+    def add(self, rows: Tensor, others: Tensor | None = None) -> None:
+        """The head's next rows [v, H] float32; every model but the first has `others` instead, if they are given."""
+        logits = self._logits(rows, rows if others is None else others)
         before = self._lse[0]
         self._lse = torch.logaddexp(self._lse, logits.logsumexp(-1))
         probability = (logits[0] - self._lse[0].unsqueeze(-1)).exp_()
@@ -48,6 +48,12 @@ class HeadComparison:
         self._likeliest = torch.where(largest > self._largest, index + self._seen, self._likeliest)
         self._largest = torch.maximum(largest, self._largest)
         self._seen += len(rows)
+
+    def _logits(self, rows: Tensor, others: Tensor) -> Tensor:
+        """[M, n, v] float64."""
+        if others is rows:
+            return (self._hidden @ rows.t()).double()
+        return torch.cat((self._hidden[:1] @ rows.t(), self._hidden[1:] @ others.t())).double()
 
     def agreements(self) -> list[Agreement]:
         """Of every model but the first with the first."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -19,13 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import INDEX_FILE, Checkpoint, TensorHeader, TensorReader, open_checkpoint, read_config, stored_dtype
+from ..checkpoint import (
+    Checkpoint,
+    TensorEntry,
+    TensorHeader,
+    TensorReader,
+    open_checkpoint,
+    read_config,
+    stored_dtype,
+)
 from ..checkpoint_writer import (
     stored_pieces,
     tensor_bytes,
-    whole_file,
-    write_index,
-    write_json,
     write_shard,
 )
 from ..device import Device, choose_dtype
@@ -38,19 +42,20 @@ from ..offload.residency import Residency
 from ..offload.transfer import TORCH_DTYPE
 from ..preprocess import Preprocessor
 from ..quant.layer import LayerQuantizer, round_to_nearest
-from ..quant.recipe import LINEARS, quantization_config
+from ..quant.recipe import LINEARS
 from ..quant.reference import ReferenceBackend
+from ..quant.storage import AWQStorage, Storage, compressed
 from .agreement import HeadComparison
+from .finish import finish_checkpoint, quantized_config
 from .layout import layer_prefix, plan_layout
-from .options import LAYERS, Agreement, LayerReport, QuantizeOptions, QuantizeReport
+from .options import ALSO, LAYERS, Agreement, Deviations, LayerReport, PartReport, QuantizeOptions, QuantizeReport
+from .parts import HEAD_PART, PartWriter, find_part, read_rows
 from .rows import QUANTIZED, ROUNDED, SIXTEEN_BIT, TRACKS, HeldOut, Samples
 from .samples import Block, Embedder, Run, choose_blocks, embedded_blocks, gather_runs, phase_with
 from .state import Unfinished, require_new_or_unfinished, require_room
 
 RECIPE = 1
 """Raise it when the same options begin to give other bytes, so that no run is finished differently than it began."""
-
-REPORT_FILE = "quantize_report.json"
 
 CALIBRATION, HELD_OUT = "calibration", "held_out"
 
@@ -59,12 +64,9 @@ ROW_DTYPE = {CALIBRATION: torch.bfloat16, HELD_OUT: torch.float32}
 
 ROW_TRACKS = {CALIBRATION: 1, HELD_OUT: TRACKS}
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx", INDEX_FILE)
-"""Weights of the source in any format: they would contradict the new ones."""
-
 GO_ON = "once there is room, the same command goes on where it stopped"
 
-Event = Progress | LayerReport | QuantizeReport
+Event = Progress | Deviations | LayerReport | PartReport | QuantizeReport
 
 
 def quantize_checkpoint(
@@ -75,10 +77,11 @@ def quantize_checkpoint(
     device: Device,
     on_download: OnProgress | None = None,
 ) -> Iterator[Event]:
-    """Write the checkpoint `source` (16 bit; a folder or a hub id) into the folder `target`, its thinker in 4 bits.
+    """Write the checkpoint `source` (16 bit; a folder or a hub id) into the folder `target`, quantized as asked.
 
-    Yields progress, a report for each layer (those of an unfinished run that it continues, too) and one for the whole.
-    Closing the iterator stops the run; with the same arguments it goes on later.
+    Yields how that deviates from the published recipe, if it does, before anything is written; then progress, a report
+    for each part and layer (those of an unfinished run that it continues, too) and one for the whole. Closing the
+    iterator stops the run; with the same arguments it goes on later.
 
     Raises CheckpointError for a source that cannot be read, is quantized already or computes what is not a number,
     UnsupportedQuantError for groups that do not divide its linears, OptionError for a target that holds something else,
@@ -119,15 +122,21 @@ class _Quantization:
         *layers, rest = model.components["thinker"]
         self._layer_names = [block.stored_names for block in layers]
         headers = {name: TensorHeader(entry.dtype, entry.shape) for name, entry in self._tensors.items()}
-        self._layout = plan_layout(headers, self._layer_names, options.group_size)
+        self._storage = _thinker_storage(options)
+        besides = compressed(options.also_bits, options.group_size)
+        self._parts = [find_part(name, headers, besides) for name in ALSO if name in options.also]
+        self._layout = plan_layout(headers, self._layer_names, self._storage, self._parts)
         self._names = [block.name for block in (*layers, rest)]
         # Each block a component of its own, so that it can be on the device alone.
         self._residency = Residency({block.name: (block,) for block in (*layers, rest)}, model.transfer)
 
     @torch.inference_mode()
     def run(self) -> Iterator[Event]:
+        if self._deviations:
+            yield Deviations(self._deviations)
         self._open_target()
         yield from self._copy_others()
+        yield from self._quantize_parts()
         yield from self._embed_samples()
         calibrated, held_out = self._samples(CALIBRATION), self._samples(HELD_OUT)
         reports = []
@@ -140,6 +149,14 @@ class _Quantization:
         report = self._report(reports, calibrated, held_out)
         self._finish(report)
         yield report
+
+    @property
+    def _deviations(self) -> tuple[str, ...]:
+        if self._options.follows_the_recipe:
+            return ()
+        thinker = (f"thinker: its layers in {self._options.bits} bits instead of 4",) if self._options.bits != 4 else ()
+        written = "all of it is written as compressed-tensors instead of AWQ"
+        return (*thinker, *(part.sentence for part in self._parts), written)
 
     def _open_target(self) -> None:
         """Make the folder, or recognize it as ours. What is wrong is said before anything is written."""
@@ -178,6 +195,23 @@ class _Quantization:
 
     def _pieces(self, name: str) -> Iterator[memoryview]:
         return stored_pieces(self._reader, self._tensors[name])
+
+    def _quantize_parts(self) -> Iterator[Progress | PartReport]:
+        """Write the file of each part that is quantized besides the thinker."""
+        for part, (file, headers) in zip(self._parts, self._layout.parts.items(), strict=True):
+            kept = f"part-{part.name}"
+            if self._state.read(kept) is None:
+                writer = PartWriter(part, self._tensors, self._reader, self._device.torch)
+                done, total = 0, sum(header.n_bytes for header in headers.values())
+                for n_bytes in write_shard(self._target / file, headers, writer.pieces):
+                    done += n_bytes
+                    yield Progress(f"quantize {part.name}", done, total, "bytes")
+                self._state.keep(kept, asdict(writer.report))
+            yield self._part_report(part.name)
+
+    def _part_report(self, name: str) -> PartReport:
+        kept = self._state.read(f"part-{name}")
+        return PartReport(**kept | {"left_alone": tuple(kept["left_alone"])})
 
     def _embed_samples(self) -> Iterator[Progress]:
         """Turn texts and media into the rows that the first layer reads."""
@@ -232,7 +266,7 @@ class _Quantization:
                 for kind in (CALIBRATION, HELD_OUT)
             )
             judged = HeldOut(held_out, layer, *held_rows)
-            quantizer = LayerQuantizer(layer, self._options.group_size, self._float_dtypes(index))
+            quantizer = LayerQuantizer(layer, self._storage, self._float_dtypes(index))
             stage, total = f"layer {index + 1} of {len(self._layer_names)}", 2 * calibrated.tokens
             for start, chunk in calibrated.chunks(rows):
                 output = quantizer.observe(chunk).flatten(0, 1)
@@ -251,7 +285,7 @@ class _Quantization:
 
     def _judge_rounded(self, judged: HeldOut) -> float:
         judged.advance(SIXTEEN_BIT)
-        rounded = round_to_nearest(judged.layer, self._options.group_size)
+        rounded = round_to_nearest(judged.layer, self._storage)
         judged.advance(ROUNDED, rounded)
         return judged.error(rounded)
 
@@ -295,50 +329,49 @@ class _Quantization:
         }
 
     def _report(self, layers: Sequence[LayerReport], calibrated: Samples, held_out: Samples) -> QuantizeReport:
-        rounded, quantized = self._agreements(held_out)
+        rounded, quantized, *head_alone = self._agreements(held_out)
         return QuantizeReport(
             model=_name_only(self._checkpoint.name),
             options=replace(self._options, calibrate=tuple(map(_name_only, self._options.calibrate))),
+            deviations=self._deviations,
             calibration_tokens=calibrated.tokens,
             held_out_tokens=held_out.tokens,
             layers=tuple(layers),
             rounded=rounded,
             quantized=quantized,
+            head_alone=next(iter(head_alone), None),
+            parts=tuple(self._part_report(part.name) for part in self._parts),
             weights_bytes=self._layout.file_bytes,
         )
 
     def _agreements(self, held_out: Samples) -> list[Agreement]:
-        """How far the next words after held-out tokens agree with those of the model in 16 bit."""
+        """How far the next words after held-out tokens agree with those of the model in 16 bit: of the rounded and of
+        the quantized thinker, and, where the output head is quantized, of the 16-bit thinker with that head."""
         device = self._device.torch
         with (
             self._on_device(self._names[-1]) as rest,
             self._state.rows(f"{HELD_OUT}-{len(self._layer_names)}", self._width, ROW_DTYPE[HELD_OUT]) as rows,
         ):
             hidden = rest.get_submodule("norm")(rows.read(0, TRACKS * held_out.tokens).to(device))
-        comparison = HeadComparison(hidden.view(TRACKS, -1, self._width))
-        for head in self._head_rows(comparison.slice_rows):
-            comparison.add(head.to(device).float())
+        tracks, head = hidden.view(TRACKS, -1, self._width), self._quantized_head
+        comparison = HeadComparison(torch.cat((tracks, tracks[:1])) if head else tracks)
+        for stored in read_rows(self._reader, self._head, comparison.slice_rows):
+            published = stored.to(device).float()
+            comparison.add(published, head.nearest(published) if head else None)
         return comparison.agreements()
 
-    def _head_rows(self, n: int) -> Iterator[Tensor]:
-        """The output head, `n` rows at a time, as stored; a model without one shares its embedding table."""
-        entry = self._tensors.get(LM_HEAD) or self._tensors[EMBED_TOKENS]
-        vocab_size, width = entry.shape
-        for start in range(0, vocab_size, n):
-            rows = torch.empty(min(n, vocab_size - start), width, dtype=TORCH_DTYPE[entry.dtype], device="cpu")
-            self._reader.read_into(entry, tensor_bytes(rows), start * entry.n_bytes // vocab_size)
-            yield rows
+    @property
+    def _head(self) -> TensorEntry:
+        """The output head; a model without one shares its embedding table."""
+        return self._tensors.get(LM_HEAD) or self._tensors[EMBED_TOKENS]
+
+    @property
+    def _quantized_head(self) -> Storage | None:
+        return next((part.storage for part in self._parts if part.name == HEAD_PART), None)
 
     def _finish(self, report: QuantizeReport) -> None:
-        """Write what makes a folder of shards a checkpoint, its config.json last."""
-        for path in sorted(self._checkpoint.folder.iterdir()):
-            if path.is_file() and path.name != "config.json" and not path.name.endswith(WEIGHT_SUFFIXES):
-                with open(path, "rb") as original, whole_file(self._target / path.name) as copy:
-                    shutil.copyfileobj(original, copy)
-        write_index(self._target, self._layout.shards)
-        write_json(self._target / REPORT_FILE, report.to_json())
-        config = self._published_config() | {"quantization_config": quantization_config(self._options.group_size)}
-        write_json(self._target / "config.json", config)
+        config = quantized_config(self._published_config(), self._options, self._storage, self._parts)
+        finish_checkpoint(self._checkpoint.folder, self._target, self._layout.shards, report, config)
         self._state.discard()
 
 
@@ -370,11 +403,18 @@ def _out_of_room_told(target: str | Path, device: Device) -> Iterator[None]:
         ) from error
 
 
+def _thinker_storage(options: QuantizeOptions) -> Storage:
+    if options.follows_the_recipe:
+        return AWQStorage(options.group_size)
+    return compressed(options.bits, options.group_size)
+
+
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     if checkpoint.quantization:
         method = checkpoint.quantization.get("quant_method", "a method without a name")
+        bits = checkpoint.quantization.get("bits")
         raise CheckpointError(
-            f"{checkpoint.name} is quantized already, by {method} in {checkpoint.quantization.get('bits', '?')} bits",
+            f"{checkpoint.name} is quantized already, by {method}" + (f" in {bits} bits" if bits else ""),
             path=str(checkpoint.folder),
             hint="name the 16-bit checkpoint that it was made from",
         )

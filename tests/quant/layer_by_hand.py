@@ -13,8 +13,10 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniDe
 from lowvram import attention
 from lowvram.quant.layer import Chunk
 from lowvram.quant.packing import pack_awq, unpack_awq
+from lowvram.quant.storage import AWQStorage
 
 HIDDEN, HEADS, GROUP_SIZE = 64, 4, 32
+STORAGE = AWQStorage(GROUP_SIZE)
 SAMPLES, LENGTH = 4, 24
 
 

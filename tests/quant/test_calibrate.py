@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_by_hand import GROUP_SIZE, clip_by_hand, rounded
+from layer_by_hand import GROUP_SIZE, STORAGE, clip_by_hand, rounded
 
 from lowvram.quant.calibrate import (
     InputStatistics,
@@ -68,14 +68,14 @@ def test_a_silent_channel_has_finite_scales():
 
 def test_weights_scaled_by_powers_of_two_round_as_if_they_were_not_if_a_group_shares_them():
     weight, scales = random_linear(2)[0], torch.tensor([4.0] * 32 + [0.5] * 32)
-    assert torch.equal(rounded_under(weight, scales, GROUP_SIZE), fake_quantize(weight, GROUP_SIZE))
+    assert torch.equal(rounded_under(weight, scales, STORAGE), fake_quantize(weight, GROUP_SIZE))
 
 
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**31))
 def test_clips_are_those_found_token_by_token(seed: int):
     weight, x = random_linear(seed)
-    found, expected = search_clip(weight, statistics_of(x).moments(), GROUP_SIZE), clip_by_hand(weight, x)
+    found, expected = search_clip(weight, statistics_of(x).moments(), STORAGE), clip_by_hand(weight, x)
     assert ((found / expected - 1).abs() < 1e-6).float().mean() > 0.95  # two ranges may cost the same but for rounding
 
 
@@ -83,7 +83,7 @@ def test_clips_are_those_found_token_by_token(seed: int):
 @given(seed=st.integers(0, 2**31))
 def test_clipping_helps_each_group_or_does_nothing(seed: int):
     weight, x = random_linear(seed)
-    narrowed = clipped(weight, search_clip(weight, statistics_of(x).moments(), GROUP_SIZE), GROUP_SIZE)
+    narrowed = clipped(weight, search_clip(weight, statistics_of(x).moments(), STORAGE), GROUP_SIZE)
 
     def cost(stored: torch.Tensor) -> torch.Tensor:
         change = (stored - weight).unflatten(1, (-1, GROUP_SIZE))
@@ -96,9 +96,9 @@ def test_clipping_helps_each_group_or_does_nothing(seed: int):
 def test_clips_do_not_depend_on_how_many_rows_are_searched_at_once(monkeypatch: pytest.MonkeyPatch):
     weight, x = random_linear(3)
     moments = statistics_of(x).moments()
-    whole = search_clip(weight, moments, GROUP_SIZE)
+    whole = search_clip(weight, moments, STORAGE)
     monkeypatch.setattr("lowvram.quant.calibrate.CLIP_SLICE_WEIGHTS", 5 * 64)
-    torch.testing.assert_close(search_clip(weight, moments, GROUP_SIZE), whole)
+    torch.testing.assert_close(search_clip(weight, moments, STORAGE), whole)
 
 
 @settings(deadline=None)

@@ -10,7 +10,7 @@ from published_by_hand import Numbers, as_compressed, as_gptq, random_numbers
 from torch import Tensor
 
 from lowvram.errors import UnsupportedQuantError
-from lowvram.quant.formats import FORMATS, transpose_nibbles
+from lowvram.quant.formats import FORMATS, to_compressed, transpose_nibbles
 from lowvram.quant.linear import AWQLinear
 from lowvram.quant.matmul import choose_backend
 from lowvram.quant.packing import pack_awq, unpack_awq
@@ -59,6 +59,15 @@ def test_a_layout_names_what_a_checkpoint_stores_in_the_order_of_its_conversion(
         leaf: (tuple(tensor.shape), tensor.dtype) for leaf, tensor in stored.items()
     }
     assert list(layout) == list(stored) and next(iter(layout)) == FORMATS[packing].marker
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_turning_awq_s_tensors_into_compressed_ones_is_undone(shape: tuple[int, int, int]):
+    awq = pack_awq(torch.randn(shape[1], shape[0], generator=torch.Generator().manual_seed(0)), shape[2])
+    packed, zeros, scales = to_compressed(*awq)
+    stored = (packed, scales, torch.tensor([shape[1], shape[0]]), zeros)
+    back = FORMATS["pack-quantized, asymmetric"].to_awq(*stored, group_size=shape[2])
+    assert all(torch.equal(ours, before) for ours, before in zip(back, awq, strict=True))
 
 
 @pytest.mark.parametrize("name", ["reference", "int4-cpu"])
@@ -143,12 +152,15 @@ def test_the_packing_by_hand_is_compressed_tensors_own(symmetric: bool):
 
 
 @pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="needs compressed-tensors, whose reading is judged")
-def test_compressed_tensors_own_conversion_from_awq_is_undone():
+def test_compressed_tensors_own_conversion_from_awq_is_ours_and_is_undone():
     from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 
     awq = pack_awq(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)), 32)
     tensors = dict(zip(("proj.qweight", "proj.qzeros", "proj.scales"), awq, strict=True))
     converted = AutoAWQConverter(bits=4, group_size=32, zero_point=True, version="gemm").process(tensors)
     leaves = FORMATS["pack-quantized, asymmetric"].layout(64, 40, 32)
+    ours = to_compressed(*awq)
+    for leaf, tensor in zip(("weight_packed", "weight_zero_point", "weight_scale"), ours, strict=True):
+        assert torch.equal(tensor, converted[f"proj.{leaf}"]), leaf
     back = FORMATS["pack-quantized, asymmetric"].to_awq(*(converted[f"proj.{leaf}"] for leaf in leaves), group_size=32)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(back, awq, strict=True))

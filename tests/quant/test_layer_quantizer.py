@@ -7,6 +7,7 @@ from layer_by_hand import (
     HEADS,
     LENGTH,
     SAMPLES,
+    STORAGE,
     clip_by_hand,
     inputs_of,
     make_layer,
@@ -16,9 +17,11 @@ from layer_by_hand import (
 from torch import Tensor, nn
 
 from lowvram.quant.calibrate import clipped
+from lowvram.quant.int8 import unpack_int8
 from lowvram.quant.layer import Chunk, LayerQuantizer, round_to_nearest, run_layer, store_linear
-from lowvram.quant.packing import pack_awq, unpack_awq
+from lowvram.quant.packing import unpack_awq
 from lowvram.quant.recipe import GROUPS, LINEARS, UNCLIPPED
+from lowvram.quant.storage import Int4Storage, Int8Storage, Storage
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +30,9 @@ def _without_gradients():
         yield
 
 
-def quantizer_of(layer: nn.Module, dtype: torch.dtype = torch.float32) -> LayerQuantizer:
+def quantizer_of(layer: nn.Module, dtype: torch.dtype = torch.float32, storage: Storage = STORAGE) -> LayerQuantizer:
     floats = (name for name, _ in layer.named_parameters() if name.removesuffix(".weight") not in LINEARS)
-    return LayerQuantizer(layer, GROUP_SIZE, dict.fromkeys(floats, dtype))
+    return LayerQuantizer(layer, storage, dict.fromkeys(floats, dtype))
 
 
 def parts(chunk: Chunk, n: int) -> list[Chunk]:
@@ -40,8 +43,10 @@ def parts(chunk: Chunk, n: int) -> list[Chunk]:
     ]
 
 
-def searched(layer: nn.Module, chunks: list[Chunk], dtype: torch.dtype = torch.float32) -> LayerQuantizer:
-    quantizer = quantizer_of(layer, dtype)
+def searched(
+    layer: nn.Module, chunks: list[Chunk], dtype: torch.dtype = torch.float32, storage: Storage = STORAGE
+) -> LayerQuantizer:
+    quantizer = quantizer_of(layer, dtype, storage)
     for chunk in chunks:
         quantizer.observe(chunk)
     for chunk in chunks:
@@ -116,7 +121,7 @@ def test_a_layer_loses_less_than_by_rounding_to_nearest():
         layer, chunk = make_layer(2, seed)
         known, others = parts(chunk, SAMPLES // 2)
         right = run_layer(layer, others) - others.hidden
-        plain = error(run_layer(layer, others, round_to_nearest(layer, GROUP_SIZE)) - others.hidden, right)
+        plain = error(run_layer(layer, others, round_to_nearest(layer, STORAGE)) - others.hidden, right)
         quantizer = searched(layer, [known])
         quantizer.scale()
         quantizer.round()
@@ -160,12 +165,30 @@ def test_what_is_stored_is_what_the_layer_then_computes_with():
     assert all(torch.equal(tensor.float(), layer.get_parameter(name)) for name, tensor in tensors.items())
 
 
-def test_a_linear_packed_some_rows_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch):
+def test_eight_bits_lose_a_hundredth_of_what_four_do_and_are_stored_as_computed_with():
+    layer, chunk = make_layer(2)
+    right = run_layer(layer, chunk) - chunk.hidden
+    quantizer = searched(layer, [chunk], storage=Int8Storage(GROUP_SIZE))
+    four = error(run_layer(layer, chunk, round_to_nearest(layer, STORAGE)) - chunk.hidden, right)
+    quantizer.scale()
+    tensors = quantizer.round()
+    assert error(run_layer(layer, chunk) - chunk.hidden, right) < 0.01 * four
+    for path in LINEARS:
+        words = tensors[f"{path}.weight_packed"], tensors[f"{path}.weight_scale"]
+        weight = layer.get_submodule(path).weight
+        assert torch.equal(weight, unpack_int8(*words, GROUP_SIZE, torch.float32))
+        assert tensors[f"{path}.weight_shape"].tolist() == list(weight.shape)
+
+
+@pytest.mark.parametrize("storage", [STORAGE, Int4Storage(GROUP_SIZE), Int8Storage(GROUP_SIZE)], ids=repr)
+def test_a_linear_packed_some_rows_at_a_time_is_the_same(storage: Storage, monkeypatch: pytest.MonkeyPatch):
     weight = torch.randn(40, 64)
-    whole = pack_awq(weight, GROUP_SIZE)
+    whole = storage.pack(weight)
     monkeypatch.setattr("lowvram.quant.layer.CLIP_SLICE_WEIGHTS", 16 * 64)
-    for tensor, expected in zip(store_linear(weight.clone(), GROUP_SIZE).values(), whole, strict=True):
-        assert torch.equal(tensor, expected)
+    tensors = store_linear(weight.clone(), storage)
+    layout = {leaf: (spec.shape, spec.dtype) for leaf, spec in storage.layout(64, 40).items()}
+    assert {leaf: (tuple(tensor.shape), tensor.dtype) for leaf, tensor in tensors.items()} == layout
+    assert all(torch.equal(tensors[leaf], tensor) for leaf, tensor in whole.items())
 
 
 def test_samples_of_a_chunk_do_not_see_each_other():

@@ -11,8 +11,9 @@ from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5O
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lowvram.quant.recipe import LEFT_IN_16_BIT, LINEARS, quantization_config
-from lowvram.quant.scheme import AWQScheme, read_scheme
+from lowvram.quant.recipe import LEFT_IN_16_BIT, LINEARS, compressed_config, quantization_config
+from lowvram.quant.scheme import AWQScheme, Int8Scheme, read_scheme
+from lowvram.quant.storage import Int4Storage, Int8Storage
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,28 @@ def test_autoawq_would_convert_the_thinkers_linears_and_no_others(linears: list[
     assert converted == thinker_linears(linears)
 
 
+def test_a_mixed_config_is_what_this_project_reads():
+    config = compressed_config({Int4Storage(64): ["thinker.model.layers.*.mlp.up_proj"], Int8Storage(32): ["a.b"]})
+    assert read_scheme(config) == (AWQScheme(64, "pack-quantized, asymmetric"), Int8Scheme(32))
+
+
+@pytest.mark.parametrize(
+    ("published", "elsewhere"),
+    [
+        ("thinker.model.layers.11.mlp.up_proj", "thinker.model.language_model.layers.11.mlp.up_proj"),
+        ("thinker.visual.blocks.0.attn.q", "thinker.model.visual.blocks.0.attn.q"),
+        ("thinker.audio_tower.layers.3.fc1", "thinker.model.audio_tower.layers.3.fc1"),
+        ("thinker.lm_head", "thinker.lm_head"),
+    ],
+)
+def test_a_mixed_config_names_linears_in_both_of_transformers_trees(published: str, elsewhere: str):
+    config = compressed_config({Int8Storage(32): [re.sub(r"\.\d+\.", ".*.", published)]})
+    (target,) = config["config_groups"]["group_0"]["targets"]
+    pattern = target.removeprefix("re:")
+    assert re.match(pattern, published) and re.match(pattern, elsewhere)
+    assert not re.match(pattern, f"{published}_more") and not re.match(pattern, f"talker.{published}")
+
+
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_what_the_config_says_is_what_this_project_reads(group_size: int):
-    assert read_scheme(quantization_config(group_size)) == AWQScheme(group_size)
+    assert read_scheme(quantization_config(group_size)) == (AWQScheme(group_size),)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lowvram.errors import UnsupportedQuantError
-from lowvram.quant.scheme import AWQScheme, Packing, read_scheme
+from lowvram.quant.scheme import AWQScheme, Int8Scheme, Packing, read_scheme
 
 PUBLISHED = {
     "bits": 4,
@@ -26,6 +26,7 @@ GPTQ = {
     "checkpoint_format": "gptq",
 }
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128, "actorder": None}
+W4, W8 = {"weights": WEIGHTS}, {"weights": WEIGHTS | {"num_bits": 8, "group_size": 64}}
 
 
 def compressed(weights: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -45,23 +46,23 @@ def compressed(weights: dict[str, Any] | None = None, **changes: Any) -> dict[st
 
 @pytest.mark.parametrize("config", [None, {}])
 def test_no_quantization_config_means_not_quantized(config: dict[str, Any] | None):
-    assert read_scheme(config) is None
+    assert read_scheme(config) == ()
 
 
 def test_the_published_config_is_read():
-    assert read_scheme(PUBLISHED) == AWQScheme(group_size=128, packing="awq")
+    assert read_scheme(PUBLISHED) == (AWQScheme(group_size=128, packing="awq"),)
 
 
 def test_autoawq_s_own_file_is_read():
-    assert read_scheme({"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}) == AWQScheme(64)
+    assert read_scheme({"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}) == (AWQScheme(64),)
 
 
 def test_the_newer_key_for_the_version_is_read():
-    assert read_scheme({"quant_method": "awq", "format": "gemm", "backend": "auto"}) == AWQScheme(128)
+    assert read_scheme({"quant_method": "awq", "format": "gemm", "backend": "auto"}) == (AWQScheme(128),)
 
 
 def test_absent_keys_mean_the_modelling_library_s_defaults():
-    assert read_scheme({"quant_method": "awq"}) == AWQScheme(128)
+    assert read_scheme({"quant_method": "awq"}) == (AWQScheme(128),)
 
 
 @pytest.mark.parametrize(
@@ -77,13 +78,19 @@ def test_absent_keys_mean_the_modelling_library_s_defaults():
     ],
 )
 def test_other_packings_of_the_same_numbers_are_read(config: dict[str, Any], packing: Packing):
-    assert read_scheme(config) == AWQScheme(128, packing)
+    assert read_scheme(config) == (AWQScheme(128, packing),)
 
 
 def test_a_group_s_own_format_comes_before_the_checkpoint_s():
     config = compressed(format="mixed-precision")
     config["config_groups"]["group_0"]["format"] = "pack-quantized"
-    assert read_scheme(config) == AWQScheme(128, "pack-quantized")
+    assert read_scheme(config) == (AWQScheme(128, "pack-quantized"),)
+
+
+def test_eight_bits_are_read_alone_and_beside_four():
+    assert read_scheme(compressed(config_groups={"a": W8})) == (Int8Scheme(64),)
+    both = read_scheme(compressed(config_groups={"a": W4, "b": W8}))
+    assert both == (AWQScheme(128, "pack-quantized"), Int8Scheme(64))
 
 
 @pytest.mark.parametrize(
@@ -100,10 +107,12 @@ def test_a_group_s_own_format_comes_before_the_checkpoint_s():
         (GPTQ | {"dynamic": {"+:.*down_proj.*": {"bits": 8}}}, "settings of their own for '.:"),
         (compressed(format="nvfp4-pack-quantized"), "in format 'nvfp4-pack-quantized'"),
         (compressed(config_groups={}), "in 0 groups of linears"),
-        (compressed(config_groups={"a": {}, "b": {}}), "in 2 groups of linears"),
+        (compressed(config_groups={"a": W4, "b": W4}), "in 2 groups of linears instead of one of each width"),
         (compressed(kv_cache_scheme={"num_bits": 8}), "with kv_cache_scheme"),
         (compressed(transform_config={"config_groups": {"u": {"type": "hadamard"}}}), "with transform_config"),
-        (compressed({"num_bits": 8}), "by compressed-tensors with bits 8"),
+        (compressed({"num_bits": 6}), "by compressed-tensors with bits 6"),
+        (compressed({"num_bits": 8, "symmetric": False}), "by compressed-tensors in 8 bits with zero points"),
+        (compressed(config_groups={"a": W4, "b": {"weights": {}}}), "by compressed-tensors with bits None"),
         (compressed({"type": "float"}), "with float weights by group"),
         (compressed({"strategy": "channel", "group_size": None}), "with int weights by channel"),
         (compressed({"actorder": "group"}), "with actorder 'group'"),

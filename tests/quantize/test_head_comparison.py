@@ -31,6 +31,17 @@ def test_slices_of_the_head_give_what_the_whole_of_it_gives(rows: int):
         assert found.top1 == plain(other).top1
 
 
+def test_all_models_but_the_first_may_have_another_head():
+    other_head = HEAD + 0.05 * torch.randn(HEAD.shape, generator=torch.Generator().manual_seed(2))
+    comparison = HeadComparison(HIDDEN[:1].expand(2, -1, -1))
+    for rows, others in zip(HEAD.split(7), other_head.split(7), strict=True):
+        comparison.add(rows, others)
+    p, q = ((HIDDEN[0] @ head.T).double().log_softmax(-1) for head in (HEAD, other_head))
+    (found,) = comparison.agreements()
+    assert found.kl_divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+    assert found.top1 == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+
+
 def test_a_model_agrees_with_itself():
     (itself,) = compare(HIDDEN[:1].expand(2, -1, -1), 10)
     assert itself.top1 == 1 and itself.kl_divergence == pytest.approx(0, abs=1e-9)
