@@ -72,6 +72,19 @@ class TensorEntry:
     file_bytes: int | None = None
 
 
+def find_tensor(tensors: Mapping[str, TensorEntry], name: str) -> TensorEntry:
+    """The entry called `name`. Raises CheckpointError with the folder where it is missing."""
+    if name not in tensors:
+        folder = next((str(entry.path.parent) for entry in tensors.values()), "")
+        raise CheckpointError(
+            f"tensor {name} is missing from {folder or 'the checkpoint'}",
+            path=folder,
+            tensor=name,
+            hint="download it again or check its index",
+        )
+    return tensors[name]
+
+
 @dataclass(frozen=True)
 class Headers:
     """What a plan needs of a checkpoint, whether or not it is on this disk: its config.json and its tensors by name.

@@ -29,7 +29,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from . import attention
-from .checkpoint import Checkpoint, TensorReader
+from .checkpoint import Checkpoint, TensorReader, find_tensor
 from .errors import CheckpointError
 from .kv_cache import Int8KVCache, KVCache
 from .offload.transfer import TORCH_DTYPE, Transfer
@@ -332,9 +332,7 @@ class _Builder:
         )
 
     def _host_rows(self, reader: TensorReader, name: str) -> HostRows:
-        if name not in self.tensors:
-            raise CheckpointError(f"tensor {name} is missing from the checkpoint", tensor=name)
-        entry = self.tensors[name]
+        entry = find_tensor(self.tensors, name)
         # A copy-on-write view of the file: torch wants writable memory, and only rows that are read are loaded.
         rows = torch.from_numpy(reader.rows(entry)).view(TORCH_DTYPE[entry.dtype])
         return HostRows(rows, self.dtype)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import TensorEntry
+from .checkpoint import TensorEntry, find_tensor
 from .errors import CheckpointError
 from .offload.footprint import BLOCK_ALIGNMENT_BYTES
 from .offload.transfer import TORCH_DTYPE, Transfer
@@ -119,14 +119,7 @@ class WeightBlock:
                 yield self._prefix + path + leaf
 
     def _entry(self, path: str) -> TensorEntry:
-        name = self._prefix + path
-        if name not in self._tensors:
-            raise CheckpointError(
-                f"tensor {name} is missing from the checkpoint",
-                tensor=name,
-                hint="download it again or check its index",
-            )
-        return self._tensors[name]
+        return find_tensor(self._tensors, self._prefix + path)
 
     @staticmethod
     def _check(entry: TensorEntry, shape: tuple[int, ...], integer: torch.dtype | None = None) -> None:

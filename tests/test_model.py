@@ -87,8 +87,9 @@ def test_host_rows_are_the_stored_rows(checkpoint: Checkpoint):
 
 
 def test_a_missing_tensor_is_named(checkpoint: Checkpoint):
-    with pytest.raises(CheckpointError, match=f"tensor {A_NORM} is missing"):
+    with pytest.raises(CheckpointError, match=f"tensor {A_NORM} is missing from") as caught:
         build(with_tensors(checkpoint, {A_NORM: None}))
+    assert (caught.value.path, caught.value.tensor) == (str(checkpoint.folder), A_NORM)
 
 
 def test_a_missing_embedding_is_named(checkpoint: Checkpoint):
