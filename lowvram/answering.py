@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from .events import Event, Finished
 from .flags import DEFAULT_OUTPUT, Voice
-from .listeners import Listener, Reply, Speech, answer_record, follow, speech_to, unused_path, used_lines, write_text
+from .listeners import Listener, Reply, Speech, answer_record, follow, speech_to, unused_path, used_lines
 from .options import SpeechParams
 
 if TYPE_CHECKING:
@@ -56,9 +56,8 @@ def answer(
     places: Places,
     *,
     speech: SpeechParams | None,
-    quiet: bool = False,
 ) -> bool:
-    """Hand out an answer as it comes, then the whole of it and, unless `quiet`, what it used.
+    """Hand out an answer as it comes, then the whole of it, and to the progress what it used.
 
     `model` is its name in the record. Returns whether Ctrl-C ended it. Raises what the answer does, and, once
     the words are out, LowVRAMError for sound that could not be kept.
@@ -77,8 +76,7 @@ def answer(
     )
     places.reply.end(record)
     raise_failure(places.sounds)
-    if not quiet:
-        write_text("\n".join(used_lines(record)), sys.stderr)
+    places.progress.say("\n".join(used_lines(record)))
     return interrupted
 
 

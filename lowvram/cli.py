@@ -150,7 +150,7 @@ def run(
                 events = runtime.generate(messages, sampling=sampling, speech=spoken, media=seen)
             reply = (JsonReply if as_json else NdjsonReply if ndjson else TextReply)(words_to(voice.output))
             places = Places(progress, sounds, reply)
-            if answer(runtime, model.model, events, places, speech=spoken, quiet=quiet):
+            if answer(runtime, model.model, events, places, speech=spoken):
                 raise typer.Exit(INTERRUPTED)
 
 

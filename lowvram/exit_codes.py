@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from .errors import LowVRAMError
@@ -42,9 +42,10 @@ def told_and_forgotten(verbose: bool = False) -> Iterator[None]:
 
 
 def _print_error(error: LowVRAMError, verbose: bool) -> None:
-    if verbose:
-        traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
+    with suppress(OSError):  # a log that takes no more: the exit code still says it
+        if verbose:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
 
 
 def _drop_unwritten(out: TextIO) -> None:

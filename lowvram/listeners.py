@@ -10,7 +10,7 @@ import errno
 import json
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
@@ -145,7 +145,8 @@ class SpeechPipe(Speech):
 
 
 class ProgressLines(Listener):
-    """Progress for a log: a line when a part of the turn begins, and one when it is done."""
+    """Progress for a log: a line when a part of the turn begins, and one when it is done. A log that takes no more (a
+    full disk, a reader that left) is no reason to end an answer."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -155,11 +156,12 @@ class ProgressLines(Listener):
         if not isinstance(event, Progress):
             return
         if event.done == event.total or event.stage != self._running:
-            write_text(f"{event.stage}: {progress_amount(event)}", self._out)
+            self.say(f"{event.stage}: {progress_amount(event)}")
         self._running = "" if event.done == event.total else event.stage
 
     def say(self, line: str) -> None:
-        write_text(line, self._out)
+        with suppress(LowVRAMError, BrokenPipeError):
+            write_text(line, self._out)
 
 
 class _Interrupt:

@@ -670,6 +670,15 @@ def test_a_full_disk_behind_stdout_is_one_sentence(demo: Path, command: str):
     assert last.startswith("error: the output cannot be written: No space left")
 
 
+def test_a_full_disk_behind_the_log_ends_no_answer(demo: Path):
+    command = ["run", "-p", "hello", "--model", str(demo), "--max-tokens", "4", "--no-speech"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*PROGRAM, *command], stdout=subprocess.PIPE, stderr=full, text=True, env=environment())
+        assert (done.returncode, len(done.stdout.split()) > 0) == (0, True)
+        missing = subprocess.run([*PROGRAM, "run", "missing.mp4"], stderr=full, env=environment())
+    assert missing.returncode == 5
+
+
 def test_the_coldest_temperatures_and_the_largest_seed_answer(demo: Path):
     coldest = ("--temperature", "1e-45", "--speech-temperature", "1e-45", "--seed", str(2**64 - 1))
     assert lowvram("run", "-p", "hello", "--model", demo, *BRIEF, *coldest).exit_code == 0
