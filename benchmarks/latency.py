@@ -323,7 +323,8 @@ def draw_errors(results: Sequence[Measured], card: Mapping[str, Any], output: Pa
     axes.set_xlabel("speech that must be known before the first sound, seconds")
     axes.set_ylabel("error of the sound, relative to decoding it whole")
     conditions = card["conditions"]
-    axes.set_title(f"Euler's rule, size {conditions['size']}, {conditions['codes']} codes", fontsize=10)
+    told = f"size {conditions['size']}, {conditions['weights']} weights, {conditions['codes']} codes"
+    axes.set_title(f"Euler's rule, {told}", fontsize=10)
     shown = sorted((one for one in results if one.way.endswith("euler") and one.error), key=lambda one: one.first_codes)
     for index, one in enumerate(shown):
         point = one.first_codes / CODES_PER_SECOND, one.error
