@@ -168,21 +168,28 @@ def whole_by_reference(model: Any, codes: Sequence[int], steps: int) -> Pieces:
 @torch.no_grad()
 def whole_by_euler(model: Any, codes: Sequence[int], steps: int) -> Pieces:
     """The reference's modules under Euler's rule."""
-    mel = euler(model.code2wav_dit_model, codes, noise_of(len(codes)), steps)
+    mel = euler(model.code2wav_dit_model, codes, noise_of(len(codes)), steps, some_speaker())
     yield len(codes), model.code2wav_bigvgan_model(mel).numpy()
 
 
 @torch.no_grad()
 def chunks_by_euler(model: Any, codes: Sequence[int], steps: int) -> Pieces:
-    """Chunks solved each for itself, some codes before and after them heard along; the vocoder is our exact one."""
-    noise, sound = noise_of(len(codes)), StreamingVocoder(model.code2wav_bigvgan_model)
+    """Chunks solved each for itself; the vocoder is our exact one."""
+    sound, heard = StreamingVocoder(model.code2wav_bigvgan_model), 0
+    for heard, mel in chunk_mels(model.code2wav_dit_model, codes, some_speaker(), steps):
+        yield heard, sound.push(mel, last=False).numpy()
+    yield heard, sound.push(mel[..., :0], last=True).numpy()
+
+
+def chunk_mels(dit: Any, codes: Sequence[int], voice: Speaker, steps: int) -> Iterator[tuple[int, Tensor]]:
+    """Each chunk, some codes before and after it heard along: the codes that had come in, and its mel [1, M, F]."""
+    noise = noise_of(len(codes))
     for start in range(0, len(codes), CHUNK_CODES):
         end = min(start + CHUNK_CODES, len(codes))
         first, after = max(0, start - BEFORE_CODES), min(end + AFTER_CODES, len(codes))
         seen = slice(first * MEL_FRAMES_PER_CODE, after * MEL_FRAMES_PER_CODE)
-        mel = euler(model.code2wav_dit_model, codes[first:after], noise[:, seen], steps)
-        final = mel[..., (start - first) * MEL_FRAMES_PER_CODE : (end - first) * MEL_FRAMES_PER_CODE]
-        yield after, sound.push(final, last=end == len(codes)).numpy()
+        mel = euler(dit, codes[first:after], noise[:, seen], steps, voice)
+        yield after, mel[..., (start - first) * MEL_FRAMES_PER_CODE : (end - first) * MEL_FRAMES_PER_CODE]
 
 
 def noise_of(codes: int) -> Tensor:
@@ -191,14 +198,13 @@ def noise_of(codes: int) -> Tensor:
 
 
 @torch.no_grad()
-def euler(dit: Any, codes: Sequence[int], x: Tensor, steps: int) -> Tensor:
+def euler(dit: Any, codes: Sequence[int], x: Tensor, steps: int, voice: Speaker) -> Tensor:
     """Codes and noise [1, F, M] to mel [1, M, F] by the reference's forward over all of them."""
-    speaker = some_speaker()
     for start, end in pairwise(torch.tensor(time_grid(steps), dtype=x.dtype)):
         spoken, null = dit(
             hidden_states=x,
-            condition_vector=speaker.ref_mel.to(x),
-            speaker_embedding=speaker.cond.to(x)[:, None].expand(-1, x.shape[1], -1),
+            condition_vector=voice.ref_mel.to(x),
+            speaker_embedding=voice.cond.to(x)[:, None].expand(-1, x.shape[1], -1),
             quantized_code=torch.tensor([codes]),
             time_step=start,
         ).chunk(2)

@@ -60,7 +60,7 @@ def worst_errors(dtype: torch.dtype) -> dict[str, float]:
     conditioning: Conditioning = prepare(dit, some_speaker(), stages, guidance=PARAMS.guidance)
     for length in LENGTHS:
         codes = torch.randint(0, DemoSize().codes, (length,), generator=torch.Generator().manual_seed(SEED)).tolist()
-        whole = euler(dit, codes, noise_of(length).to(dtype))
+        whole = euler(dit, codes, noise_of(length).to(dtype), PARAMS.steps, some_speaker())
         for (name, way), size in product(WAYS.items(), SIZES):
             mel = streamed(way(dit, conditioning, seed=SEED), codes, size)
             worst[name] = max(worst[name], float((mel - whole).norm() / whole.norm()))
