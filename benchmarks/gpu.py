@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 from harness import card_lines, make_card, write_result
 from launches import babble, draw_options
-from turns import CLIP, SAMPLING, SPEECH, measure_turns, speech_ways
+from turn_times import CLIP, SAMPLING, SPEECH, measure_turns, speech_ways
 
 from lowvram import AudioChunk, LowVRAMError, OmniRuntime, TextDelta
 from lowvram.demo import demo_folder

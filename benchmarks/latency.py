@@ -9,7 +9,7 @@ reference itself (RK4, 36 evaluations), by Euler's rule, and in chunks of 48 cod
 round in another order; seconds are medians, and ratios are medians of those within a round. `--picture` draws each
 way's error over the codes that its first sound waits for. The floor of a way is the time in which this machine, at the
 rates that its card names, multiplies as much or reads the weights as often, whichever takes longer; an untimed decode
-counts both. What each way holds is `speech_memory.py`'s to measure, what whole turns take `turns.py`'s.
+counts both. What each way holds is `speech_memory.py`'s to measure, what whole turns take `turn_times.py`'s.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ def exit_codes(verbose: bool = False) -> Iterator[None]:
         raise SystemExit(BROKEN_PIPE) from error
     finally:
         _drop_unwritten(sys.stdout)
+        _drop_unwritten(sys.stderr)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """How soon whole turns write and speak, in every speech mode, beside what the memory's bandwidth allows.
 
-    python benchmarks/turns.py [CLIP] [--model demo] [--device cpu] [--modes exact balanced] [--json] [-o turns.json]
+    python benchmarks/turn_times.py [CLIP] [--model demo] [--modes exact balanced] [--json] [-o turn-times.json]
 
 A warm runtime answers about a clip once without speech and once in each mode and solver, from one seed. Times are those
 that `Finished` reports. The ceiling of a rate is what the device could do if it did nothing but read, once a step, the

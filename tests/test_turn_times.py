@@ -1,4 +1,4 @@
-"""benchmarks/turns.py in miniature."""
+"""benchmarks/turn_times.py in miniature."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def test_each_way_to_speak_is_a_row_of_one_warm_runtime_beside_the_ceilings(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import turns
+    import turn_times
 
-    few = replace(turns.SPEECH.sampling, max_tokens=80)
-    monkeypatch.setattr(turns, "SAMPLING", SamplingParams(max_tokens=6, seed=1))
-    monkeypatch.setattr(turns, "SPEECH", replace(turns.SPEECH, sampling=few, steps=3))
-    kept = tmp_path / "turns.json"
+    few = replace(turn_times.SPEECH.sampling, max_tokens=80)
+    monkeypatch.setattr(turn_times, "SAMPLING", SamplingParams(max_tokens=6, seed=1))
+    monkeypatch.setattr(turn_times, "SPEECH", replace(turn_times.SPEECH, sampling=few, steps=3))
+    kept = tmp_path / "turn-times.json"
     brief = ["--model", str(demo), "--device", "cpu", "--modes", "low-latency", "exact", "--solvers", "euler"]
-    assert turns.main([*brief, "-o", str(kept)]) == 0
+    assert turn_times.main([*brief, "-o", str(kept)]) == 0
     result, printed = json.loads(kept.read_text(encoding="utf-8")), capsys.readouterr().out
     early, exact = result["turns"]
     assert (early["way"], exact["way"]) == ("low-latency, euler", "exact, euler")
