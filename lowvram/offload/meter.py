@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import traceback
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -178,7 +179,7 @@ class _Storage:
     origin: Held | None
 
 
-class ByOperator(TorchDispatchMode):
+class ByOperator(TorchDispatchMode, ABC):
     """Sees every operator that computes or makes something, in `run`: one composed of others is taken apart, also where
     inference mode would run it whole."""
 
@@ -198,9 +199,9 @@ class ByOperator(TorchDispatchMode):
             self._whole.add(func)
         return self.run(func, args, kwargs)
 
+    @abstractmethod
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operator's result."""
-        raise NotImplementedError
 
 
 class LiveBytes(ByOperator):

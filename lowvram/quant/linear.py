@@ -50,7 +50,8 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", _skeleton(TensorSpec((out_features,), dtype)) if bias else None)
 
     def pack(self, *stored: Tensor, out: Mapping[str, Tensor]) -> None:
-        """Fill `out` (tensors for `packed_names`) from the tensors of `stored`, in its order."""
+        """Fill `out` (tensors for `packed_names`) from the tensors of `stored`, in its order. Not called, and so not
+        there, where `keeps_stored_layout`: what is stored is read into place."""
         raise NotImplementedError
 
 
