@@ -1,6 +1,8 @@
-"""Every way to multiply by 4-bit weights, at the model's shapes -> its speed beside a 16-bit linear and plain reading.
+"""Every way to multiply by 4- or 8-bit weights, at the model's shapes -> its speed beside a 16-bit linear's and plain
+reading's.
 
-    python benchmarks/kernels.py [--shape 3584x18944] [--rows 1 2 ...] [--threads 1 2] [-o X.json] [--picture X.png]
+    python benchmarks/kernels.py [--bits 8] [--shape 3584x18944] [--rows 1 2 ...] [--threads 1 2] [-o X.json]
+                                 [--picture X.png]
 
 All ways, and a plain read of memory, take turns within a round, so that a busy machine slows all alike: ratios are
 medians over rounds of what was timed side by side. As in decoding, 256 MiB of other weights pass before the same come
@@ -37,6 +39,10 @@ from lowvram.errors import LowVRAMError
 from lowvram.graphs import open_recorder
 from lowvram.quant.cuda import CudaBackend
 from lowvram.quant.int4_cpu import Int4CpuBackend
+from lowvram.quant.int8 import SlicesBackend, int8_layout
+from lowvram.quant.int8_cpu import Int8CpuBackend
+from lowvram.quant.int8_cuda import Int8CudaBackend
+from lowvram.quant.int8_matmul import Int8Backend
 from lowvram.quant.matmul import Backend
 from lowvram.quant.reference import ReferenceBackend
 from lowvram.quant.triton_backend import TritonBackend
@@ -92,11 +98,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and in which precision to multiply, and the least number of rounds."""
+    """Where and in which precision to multiply, the least number of rounds, and how wide the weights are."""
 
     device: torch.device
     dtype: torch.dtype
     rounds: int
+    bits: int = 4
 
 
 def backends(device: torch.device, dtype: torch.dtype) -> dict[str, Backend]:
@@ -115,24 +122,49 @@ def backends(device: torch.device, dtype: torch.dtype) -> dict[str, Backend]:
     return {**found, "reference": ReferenceBackend()}
 
 
+def int8_backends(device: torch.device, dtype: torch.dtype) -> dict[str, Int8Backend]:
+    """The same for 8 bits."""
+    found: dict[str, Int8Backend] = {}
+    if not Int8CpuBackend.obstacle(device, dtype):
+        found["int8-cpu"] = Int8CpuBackend(few_rows=NEVER)
+    if not Int8CudaBackend.obstacle(device, dtype):
+        found["int8-cuda packed"] = Int8CudaBackend(few_rows=NEVER)
+        found["int8-cuda unpacked"] = Int8CudaBackend(few_rows=ALWAYS)
+    return {**found, "int8-slices": SlicesBackend()}
+
+
 def ways(shape: Shape, bench: Bench) -> dict[str, Way]:
     """A 16-bit linear and every backend on random weights."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(shape[1], shape[0], generator=generator).to(bench.device, bench.dtype)
+    packed = _int4_ways if bench.bits == 4 else _int8_ways
+    return {LINEAR: _in_copies(_dense_product, {"weight": dense}), **packed(shape, bench, generator)}
+
+
+def _int4_ways(shape: Shape, bench: Bench, generator: torch.Generator) -> dict[str, Way]:
     in_features, out_features = shape
     groups, words = in_features // GROUP_SIZE, out_features // 8
-    generator = torch.Generator().manual_seed(0)
     qweight, qzeros = (
         torch.randint(-(2**31), 2**31, (rows, words), generator=generator, dtype=torch.int32)
         for rows in (in_features, groups)
     )
     scales = torch.rand(groups, out_features, generator=generator).half() / 1024
-    dense = torch.randn(out_features, in_features, generator=generator).to(bench.device, bench.dtype)
-    found = {LINEAR: _in_copies(_dense_product, {"weight": dense})}
+    found = {}
     for name, backend in backends(bench.device, bench.dtype).items():
         layout = backend.layout(in_features, out_features, GROUP_SIZE, bench.dtype)
         weights = {leaf: torch.empty(of.shape, dtype=of.dtype, device=bench.device) for leaf, of in layout.items()}
         backend.pack(qweight, qzeros, scales, GROUP_SIZE, weights)
         found[name] = _in_copies(partial(_packed_product, backend), weights)
     return found
+
+
+def _int8_ways(shape: Shape, bench: Bench, generator: torch.Generator) -> dict[str, Way]:
+    layout = int8_layout(*shape, GROUP_SIZE)
+    packed = torch.randint(-(2**31), 2**31, layout["weight_packed"].shape, generator=generator, dtype=torch.int32)
+    scales = torch.rand(layout["weight_scale"].shape, generator=generator).half() / 1024
+    weights = {"packed": packed.to(bench.device), "scales": scales.to(bench.device)}
+    found = int8_backends(bench.device, bench.dtype)
+    return {name: _in_copies(partial(_int8_product, backend), weights) for name, backend in found.items()}
 
 
 def measure(
@@ -210,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(chosen: argparse.Namespace) -> None:
     device, load_before = open_device(chosen.device), psutil.getloadavg()[0]
-    bench = Bench(device.torch, choose_dtype(chosen.dtype, device.torch, stored="float16"), chosen.rounds)
+    bench = Bench(device.torch, choose_dtype(chosen.dtype, device.torch, stored="float16"), chosen.rounds, chosen.bits)
     threads = chosen.threads or (CPU_THREADS if device.torch.type == "cpu" else CARD_THREADS)
     reads = {}
     for n in threads:
@@ -227,7 +259,8 @@ def _run(chosen: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="4-bit linears beside a 16-bit one and a plain read of memory.")
+    parser = argparse.ArgumentParser(description="4- or 8-bit linears beside a 16-bit one and a plain read.")
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="of a packed weight (default: 4)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: bfloat16, float16 on a card")
     parser.add_argument("--shape", dest="shapes", action="append", type=_shape, help="inputs x outputs, as 3584x18944")
@@ -255,6 +288,10 @@ def _dense_product(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 def _packed_product(backend: Backend, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return backend.matmul(x, weights, GROUP_SIZE)
+
+
+def _int8_product(backend: Int8Backend, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return backend.matmul(x, weights["packed"], weights["scales"], GROUP_SIZE)
 
 
 def _cells(
@@ -330,6 +367,7 @@ def _title(device: Device) -> str:
 def _conditions(bench: Bench, load_before: float) -> dict[str, Any]:
     return {
         "dtype": str(bench.dtype).removeprefix("torch."),
+        "bits": bench.bits,
         "group_size": GROUP_SIZE,
         "least_rounds": bench.rounds,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices, the kernels that would multiply by 4-bit weights, caches and disk.
+"""What this machine offers: versions, devices, the kernels that would multiply by packed weights, caches and disk.
 
 `examine` looks, `report_lines` tells people; between them is plain JSON.
 """
@@ -29,7 +29,7 @@ def examine() -> dict[str, Any]:
     """Look at this machine; nothing is downloaded or compiled. A device that is not there is a finding, no error."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from .kernel_report import report_absent_card
+    from .kernel_report import report_absent_card, report_by_name, report_int8_on_absent_card
 
     devices, obstacle = _devices()
     return {
@@ -39,6 +39,8 @@ def examine() -> dict[str, Any]:
         "devices": [_device_record(device) for device in devices],
         "no_cuda": obstacle,
         "kernel_with_cuda": asdict(report_absent_card()) if obstacle else None,
+        "int8_with_cuda": asdict(report_int8_on_absent_card()) if obstacle else None,
+        "kernels_by_name": report_by_name(),
         "folders": [
             _folder_record("models", Path(HF_HUB_CACHE)),
             _folder_record("demo", user_cache()),
@@ -54,9 +56,12 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     for device in report["devices"]:
         lines.append(f"{device['name']}: {device['title']}, {format_bytes(device['free_bytes'])} free")
         lines += _kernel_lines(f"4-bit weights in {device['dtype']}:", device)
+        lines += _kernel_lines(f"8-bit weights in {device['dtype']}:", device["int8"])
     if report["no_cuda"]:
         lines.append(f"cuda: {report['no_cuda']}")
         lines += _kernel_lines("4-bit weights with a card:", report["kernel_with_cuda"])
+        lines += _kernel_lines("8-bit weights with a card:", report["int8_with_cuda"])
+    lines += (f"--kernel {name}: {state}" for name, state in report["kernels_by_name"].items())
     for folder in report["folders"]:
         lines.append(f"{folder['what']}: {folder['path']}, {format_bytes(folder['free_bytes'])} free")
     return lines
@@ -80,7 +85,7 @@ def _kernel_lines(what: str, kernel: Mapping[str, str]) -> Iterator[str]:
 
 
 def _device_record(device: Device) -> dict[str, Any]:
-    from .kernel_report import report_kernel
+    from .kernel_report import report_int8_kernel, report_kernel
 
     dtype = choose_dtype("auto", device.torch, PUBLISHED_DTYPE)
     return {
@@ -89,6 +94,7 @@ def _device_record(device: Device) -> dict[str, Any]:
         "free_bytes": device.free_bytes,
         "dtype": str(dtype).removeprefix("torch."),
         **asdict(report_kernel(device.torch, dtype)),
+        "int8": asdict(report_int8_kernel(device.torch, dtype)),
     }
 
 

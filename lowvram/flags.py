@@ -380,7 +380,7 @@ class Machine:
             "--kernel",
             panel=_RUN,
             show_default="the best that lowvram doctor finds",
-            help="Code for 4-bit weights: int4-cpu, int4-cuda, reference or triton.",
+            help="Code for 4-bit weights: int4-cpu, int4-cuda, reference, triton, autoawq or gptqmodel.",
         ),
     ] = None
 

@@ -212,7 +212,7 @@ class _Builder:
         self.transfer = transfer
         self.device = device
         self.dtype = dtype
-        self.fitter = Fitter(checkpoint.tensors, read_scheme(checkpoint.quantization), backend, dtype)
+        self.fitter = Fitter(checkpoint.tensors, read_scheme(checkpoint.quantization), backend, device, dtype)
 
     def build(self, reader: TensorReader) -> OmniModel:
         thinker_config, talker_config = self.config.thinker_config, self.config.talker_config

@@ -24,7 +24,7 @@ LIGHT = ("errors", "options", "events", "checkpoint", "offload.budget", "offload
          "preprocess.plain_tokenizer", "quant.scheme", "quantize.options", "token2wav.windows", "token2wav.ode",
          "forecast", "cli")  # fmt: skip
 LIBRARY_ROOMS = ("model", "preprocess.prompt", "kv_cache", "attention", "demo.weights")
-CUDA_ROOMS = ("offload.transfer", "offload.streams", "offload.meter", "quant.cuda", "device", "graphs")
+CUDA_ROOMS = ("offload.transfer", "offload.streams", "offload.meter", "quant.nvrtc", "device", "graphs")
 
 
 def imports(path: Path, *, top_level: bool) -> set[str]:

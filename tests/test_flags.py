@@ -13,7 +13,7 @@ from lowvram.errors import OptionError
 from lowvram.flags import Draw, Machine, Memory, Question, Sight, Sound, Target, Voice, spread
 from lowvram.offload.budget import Budget
 from lowvram.options import MODES, Limits, MediaParams, SamplingParams, SpeechParams
-from lowvram.quant.matmul import BACKENDS, BY_NAME
+from lowvram.quant.matmul import BACKENDS, BORROWED, BY_NAME
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def test_memory_is_named_in_sizes_and_auto_is_no_limit_of_ones_own():
     [
         (Sound, "speech_mode", MODES),
         (Memory, "dtype", ("auto", *DTYPES)),
-        (Machine, "kernel", [backend.name for backend in (*BACKENDS, *BY_NAME)]),
+        (Machine, "kernel", [backend.name for backend in (*BACKENDS, *BY_NAME, *BORROWED)]),
     ],
 )
 def test_help_names_what_there_is_to_choose_from(group: type, flag: str, names: tuple[str, ...]):

@@ -1,51 +1,13 @@
 // AWQ's 4-bit weights, in the layout a checkpoint stores, times a few rows of 16-bit activations; and the weights alone
-// in 16 bit, for a matrix product over many rows.
+// in 16 bit, for a matrix product over many rows. Compiled after `floats.cu`.
 //
 // qweight [K, N/8] and qzeros [K/G, N/8] hold eight columns to a word, scales [K/G, N] are float16, w = (q - z) * s.
 // Kernels take pointers and 64-bit integers, nine in all, but compute with 32 bits: K * N / 8 must be below 2^31. G must
-// be a multiple of RUN. No header is needed: NVRTC compiles this file as it is.
-
-typedef unsigned int Word;
-typedef unsigned short Bits;  // of a float16 or a bfloat16
+// be a multiple of RUN.
 
 constexpr int COLUMNS = 8;  // of a word
 constexpr int RUN = 32;     // inputs a thread takes in one go; they share their scales and zero points
 constexpr int BATCH = 8;    // of them whose words are on their way at once
-
-struct alignas(16) Eight {
-    Word pair[4];
-};
-
-#ifdef __CUDACC__
-
-__device__ inline float half_to_float(Bits bits) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-}
-
-__device__ inline Bits float_to_half(float value) {
-    Bits bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
-#endif
-
-struct Half {
-    static __device__ float widen(Bits bits) { return half_to_float(bits); }
-    static __device__ Bits round(float value) { return float_to_half(value); }
-};
-
-struct BFloat16 {
-    static __device__ float widen(Bits bits) { return __uint_as_float((Word)bits << 16); }
-
-    // To nearest, ties to even, by hand: Turing has no instruction for it. A NaN stays one.
-    static __device__ Bits round(float value) {
-        Word word = __float_as_uint(value);
-        return value != value ? (word >> 16) | 0x40 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
-    }
-};
 
 // The 4-bit number q of a column, as the float 1024 + q: 2^10 with q at 2^0, the 13th bit of the mantissa.
 __device__ inline float biased(Word word, int column) {
@@ -61,10 +23,10 @@ struct Group {
 
     __device__ Group(const Word* qzeros, const Bits* scales, int index) {
         Word zeros = qzeros[index];
-        Eight packed = reinterpret_cast<const Eight*>(scales)[index];
+        Quad packed = reinterpret_cast<const Quad*>(scales)[index];
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
-            scale[c] = half_to_float(packed.pair[c / 2] >> c % 2 * 16);
+            scale[c] = half_to_float(packed.word[c / 2] >> c % 2 * 16);
             offset[c] = -biased(zeros, c) * scale[c];
         }
     }
@@ -90,16 +52,16 @@ __device__ void add_run(float (&sum)[ROWS][COLUMNS], const Bits* x, const int (&
 #pragma unroll 1
     for (int start = 0; start < RUN; start += BATCH) {
         Word q[BATCH];
-        Eight inputs[ROWS];
+        Quad inputs[ROWS];
 #pragma unroll
         for (int i = 0; i < BATCH; i++) q[i] = qweight[(start + i) * words];
 #pragma unroll
-        for (int m = 0; m < ROWS; m++) inputs[m] = *reinterpret_cast<const Eight*>(x + row_at[m] + start);
+        for (int m = 0; m < ROWS; m++) inputs[m] = *reinterpret_cast<const Quad*>(x + row_at[m] + start);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             float value[ROWS];
 #pragma unroll
-            for (int m = 0; m < ROWS; m++) value[m] = Float::widen(inputs[m].pair[i / 2] >> i % 2 * 16);
+            for (int m = 0; m < ROWS; m++) value[m] = Float::widen(inputs[m].word[i / 2] >> i % 2 * 16);
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
                 float w = group.weight(q[i], c);
@@ -174,13 +136,13 @@ __device__ void unpack(const Word* qweight, const Word* qzeros, const Bits* scal
 #pragma unroll BATCH
     for (int k = start; k < start + RUN; k++) {
         Word q = qweight[k * words + first_word + word];
-        Eight weights;
+        Quad weights;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             Bits low = Float::round(group.weight(q, 2 * i)), high = Float::round(group.weight(q, 2 * i + 1));
-            weights.pair[i] = low | (Word)high << 16;
+            weights.word[i] = low | (Word)high << 16;
         }
-        reinterpret_cast<Eight*>(out)[k * n_words + word] = weights;
+        reinterpret_cast<Quad*>(out)[k * n_words + word] = weights;
     }
 }
 

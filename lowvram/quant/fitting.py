@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from .formats import FORMATS
-from .int8 import BYTES_PER_WORD, KERNEL, MARKER
+from .int8 import BYTES_PER_WORD, MARKER, SlicesBackend
+from .int8_matmul import Int8Backend, choose_int8
 from .linear import AWQLinear, Int8Linear, PackedLinear
 from .matmul import Backend
-from .reference import Workspace
 from .scheme import AWQScheme, Int8Scheme, Scheme
 
 
@@ -30,21 +30,28 @@ class Stored(Protocol):
 class Fitter:
     """Fits packed linears of the kinds in `scheme` where `stored` (by published name) has them.
 
-    4 bits are multiplied by `backend`; all 8-bit linears share one workspace.
+    4 bits are multiplied by `backend`, and 8 by what `choose_int8` finds to go with it.
     """
 
-    def __init__(self, stored: Mapping[str, Stored], scheme: Scheme, backend: Backend, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        stored: Mapping[str, Stored],
+        scheme: Scheme,
+        backend: Backend,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self._stored = stored
         self._scheme = scheme
         self._backend = backend
         self._dtype = dtype
-        self._workspace = Workspace()
+        self._int8 = _int8_backend(scheme, backend, device, dtype)
 
     @property
     def kernel(self) -> str:
         """What multiplies by the packed weights of this checkpoint; torch where there are none."""
-        names = (self._backend.name if isinstance(kind, AWQScheme) else KERNEL for kind in self._scheme)
-        return " and ".join(names) or "torch"
+        used = (self._backend if isinstance(kind, AWQScheme) else self._int8 for kind in self._scheme)
+        return " and ".join(backend.name for backend in used) or "torch"
 
     def fit(self, modules: nn.Module, prefix: str) -> None:
         """Put packed linears into `modules`, whose tensors are stored under `prefix`. Raises UnsupportedQuantError for
@@ -63,9 +70,7 @@ class Fitter:
         sizes = linear.in_features, linear.out_features
         bias = linear.bias is not None or f"{prefix}bias" in self._stored
         if isinstance(kind, Int8Scheme):
-            return Int8Linear(
-                *sizes, bias=bias, group_size=kind.group_size, dtype=self._dtype, workspace=self._workspace
-            )
+            return Int8Linear(*sizes, bias=bias, group_size=kind.group_size, backend=self._int8, dtype=self._dtype)
         return AWQLinear(
             *sizes,
             bias=bias,
@@ -88,3 +93,9 @@ class Fitter:
             marker = FORMATS[kind.packing].marker if isinstance(kind, AWQScheme) else MARKER
             if prefix + marker in self._stored:
                 yield kind
+
+
+def _int8_backend(scheme: Scheme, backend: Backend, device: torch.device, dtype: torch.dtype) -> Int8Backend:
+    """Nothing is tried out, or compiled, for a checkpoint without 8 bits."""
+    has_int8 = any(isinstance(kind, Int8Scheme) for kind in scheme)
+    return choose_int8(device, dtype, backend) if has_int8 else SlicesBackend()

@@ -2,8 +2,8 @@
 
 A linear of N outputs and K inputs is stored as compressed-tensors' `pack-quantized` does it, for groups of G inputs:
 `weight_packed` int32 [N, K/4], whose bytes in memory are the inputs in their order, each w / s + 128, and
-`weight_scale` float16 [N, K/G]; w = (byte - 128) * s. The device holds them as they are stored. There is no kernel of
-its own: a slice of the weight's rows at a time is dequantized into a workspace and multiplied.
+`weight_scale` float16 [N, K/G]; w = (byte - 128) * s. The device holds them as they are stored. The slices backend
+multiplies by them everywhere, and is the readable twin of the others (`int8_matmul`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from torch import Tensor
 from ..errors import UnsupportedQuantError
 from .packing import SMALLEST_SCALE, TensorSpec
 from .reference import Workspace, choose_compute_dtype, slice_weights
-
-KERNEL = "int8-slices"
-"""What the plan and the report call the product."""
 
 MARKER = "weight_packed"
 """The tensor that tells that a linear is packed."""
@@ -62,25 +59,37 @@ def unpack_int8(packed: Tensor, scales: Tensor, group_size: int, dtype: torch.dt
     return steps.mul_(scales.float().unsqueeze(-1)).flatten(1).to(dtype)
 
 
-def matmul_int8(x: Tensor, packed: Tensor, scales: Tensor, group_size: int, workspace: Workspace) -> Tensor:
-    """x [..., K] times the weight that `packed` and `scales` stand for: [..., N], a new tensor in x's dtype."""
-    out_features, in_features = len(packed), packed.shape[1] * BYTES_PER_WORD
-    rows = x.reshape(-1, in_features).to(choose_compute_dtype(x))
-    out = x.new_empty(len(rows), out_features)
-    step = max(1, slice_weights(x.device) // in_features)
-    for q, s, columns in zip(packed.split(step), scales.split(step), out.split(step, dim=1), strict=True):
-        columns.copy_(rows @ _dequantize(q, s, group_size, rows.dtype, workspace).t())
-    return out.view(*x.shape[:-1], out_features)
+class SlicesBackend:
+    """Dequantizes a slice of columns at a time and multiplies; see `int8_matmul.Int8Backend`."""
 
+    name = "int8-slices"
 
-def _dequantize(packed: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype, workspace: Workspace) -> Tensor:
-    """What `unpack_int8` gives for some rows [n, K], good until the next call."""
-    stored = packed.view(torch.uint8)
-    weight = workspace.take(tuple(stored.shape), torch.float32, stored.device).copy_(stored)
-    weight.sub_(MIDPOINT).unflatten(1, (-1, group_size)).mul_(scales.float().unsqueeze(-1))
-    if dtype != torch.float32:
-        weight = workspace.take(tuple(stored.shape), dtype, stored.device).copy_(weight)
-    return weight
+    def __init__(self) -> None:
+        self._workspace = Workspace()
+
+    @staticmethod
+    def obstacle(device: torch.device, dtype: torch.dtype) -> str:
+        """None: it runs everywhere."""
+        return ""
+
+    def matmul(self, x: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
+        """x [..., K] -> [..., N], a new tensor in x's dtype."""
+        out_features, in_features = len(packed), packed.shape[1] * BYTES_PER_WORD
+        rows = x.reshape(-1, in_features).to(choose_compute_dtype(x))
+        out = x.new_empty(len(rows), out_features)
+        step = max(1, slice_weights(x.device) // in_features)
+        for q, s, columns in zip(packed.split(step), scales.split(step), out.split(step, dim=1), strict=True):
+            columns.copy_(rows @ self._dequantize(q, s, group_size, rows.dtype).t())
+        return out.view(*x.shape[:-1], out_features)
+
+    def _dequantize(self, packed: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+        """What `unpack_int8` gives for some columns [n, K], good until the next call."""
+        stored = packed.view(torch.uint8)
+        weight = self._workspace.take(tuple(stored.shape), torch.float32, stored.device).copy_(stored)
+        weight.sub_(MIDPOINT).unflatten(1, (-1, group_size)).mul_(scales.float().unsqueeze(-1))
+        if dtype != torch.float32:
+            weight = self._workspace.take(tuple(stored.shape), dtype, stored.device).copy_(weight)
+        return weight
 
 
 def _round_in_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .formats import FORMATS
-from .int8 import int8_layout, matmul_int8
+from .int8 import int8_layout
+from .int8_matmul import Int8Backend
 from .matmul import Backend
 from .packing import TensorSpec
-from .reference import Workspace
 from .scheme import Packing
 
 Specs = Mapping[str, TensorSpec]
@@ -101,7 +101,7 @@ class AWQLinear(PackedLinear):
 
 
 class Int8Linear(PackedLinear):
-    """A linear of 8 bits, dequantized a slice at a time into `workspace`, on any device.
+    """A linear of 8 bits, multiplied by `backend`.
 
     Raises UnsupportedQuantError for sizes that cannot be stored so.
     """
@@ -116,8 +116,8 @@ class Int8Linear(PackedLinear):
         *,
         bias: bool,
         group_size: int,
+        backend: Int8Backend,
         dtype: torch.dtype,
-        workspace: Workspace,
     ) -> None:
         stored = int8_layout(in_features, out_features, group_size)
         super().__init__(
@@ -129,14 +129,14 @@ class Int8Linear(PackedLinear):
             stored=stored,
             layout={leaf: stored[leaf] for leaf in ("weight_packed", "weight_scale")},
         )
-        self._workspace = workspace
+        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        product = matmul_int8(x, self.weight_packed, self.weight_scale, self.group_size, self._workspace)
+        product = self.backend.matmul(x, self.weight_packed, self.weight_scale, self.group_size)
         return product if self.bias is None else product.add_(self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}"
+        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}, backend={self.backend.name}"
 
 
 def _skeleton(spec: TensorSpec) -> nn.Parameter:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
+from .autoawq_backend import AutoAWQBackend
+from .borrowed import BorrowedBackend
 from .cuda import CudaBackend
+from .gptqmodel_backend import GPTQModelBackend
 from .int4_cpu import Int4CpuBackend
 from .packing import TensorSpec
 from .reference import ReferenceBackend
@@ -58,10 +61,9 @@ BACKENDS: tuple[type[Backend], ...] = (Int4CpuBackend, CudaBackend, ReferenceBac
 BY_NAME: tuple[type[Backend], ...] = (TritonBackend,)
 """Those that serve when they are asked for, and are never chosen otherwise."""
 
-OTHERS_KERNELS = ("autoawq", "gptqmodel")
-"""Names that people know and will try. None of them is needed: what they would read, our own backends read. AutoAWQ's
-Triton kernel, besides, adds up in float16 and in no fixed order (relative error 0.8e-3 at 3584 inputs, where the triton
-backend has 2.8e-4; both by Triton's interpreter)."""
+BORROWED: tuple[type[BorrowedBackend], ...] = (AutoAWQBackend, GPTQModelBackend)
+"""The same by other projects' kernels, where those are installed. None of them is needed: what they read, our own
+backends read."""
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = None) -> Backend:
@@ -85,14 +87,7 @@ def _best(device: torch.device, dtype: torch.dtype) -> Backend:
 
 
 def _asked_for(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    known = {backend.name: backend for backend in (*BACKENDS, *BY_NAME)}
-    if name in OTHERS_KERNELS:
-        raise BackendError(
-            f"kernel {name} is not called from here",
-            backend=name,
-            reason="no backend of ours",
-            hint="for a CUDA card pip install 'lowvram[cuda]', whose kernel int4-cuda reads the same checkpoints",
-        )
+    known: dict[str, type[Backend]] = {backend.name: backend for backend in (*BACKENDS, *BY_NAME, *BORROWED)}
     if name not in known:
         raise BackendError(
             f"there is no kernel {name!r}", backend=name, reason="unknown name", hint=f"one of: {', '.join(known)}"

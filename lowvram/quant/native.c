@@ -3,9 +3,9 @@
 // A block has 64 columns: for each input k 32 bytes, of which byte j holds column j (low) and column j + 32 (high). Two
 // inputs fill a register; a table turns a nibble q into the bfloat16 q - 8, which is exact, and one instruction adds the
 // products of both to each column's sum. A group ends with y += scale * sum + zero * (the sum of the group's inputs).
+// Compiled after `team.c`.
 
 #include <immintrin.h>
-#include <stdint.h>
 #include <string.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vbmi,avx512bf16")))
@@ -21,15 +21,7 @@ enum {
     AHEAD = 4096, // bytes to ask memory for before they are needed
 };
 
-// Functions of the OpenMP that torch computes with, as GCC's libgomp documents them. Another one's threads would have to
-// share the processor with torch's, which wait for their next work in a loop.
 typedef struct {
-    void (*parallel)(void (*work)(void *), void *shared, unsigned threads, unsigned flags);
-    int (*thread)(void), (*size)(void);
-} Team;
-
-typedef struct {
-    const Team *team;
     const uint16_t *x;       // [rows, inputs] bfloat16
     const float *group_sums; // [rows, groups]
     const uint8_t *packed;   // [columns / 64, inputs, 32]
@@ -133,7 +125,8 @@ INLINE void multiply_block(const Product *p, int64_t block, int64_t row, int64_t
 }
 
 // All rows by the blocks of 64 columns from `first` to before `last`. A row has the same bits whatever comes with it.
-TARGET static void multiply_blocks(const Product *product, int64_t first, int64_t last) {
+TARGET static void multiply_blocks(const void *task, int64_t first, int64_t last) {
+    const Product *product = task;
     const Tables tables = make_tables();
     for (int64_t row = 0; row < product->rows; row += PASS) {
         const int64_t rest = product->rows - row;
@@ -142,17 +135,6 @@ TARGET static void multiply_blocks(const Product *product, int64_t first, int64_
     }
 }
 
-// The part of one of a team's threads.
-static void multiply_share(void *shared) {
-    const Product *product = shared;
-    const int64_t blocks = product->columns / COLUMNS;
-    const int64_t n = product->team->size(), thread = product->team->thread();
-    multiply_blocks(product, blocks * thread / n, blocks * (thread + 1) / n);
-}
-
-void lowvram_multiply(const Product *product, unsigned threads) {
-    if (threads > 1)
-        product->team->parallel(multiply_share, (void *)product, threads, 0);
-    else
-        multiply_blocks(product, 0, product->columns / COLUMNS);
+void lowvram_multiply(const Team *team, const Product *product, unsigned threads) {
+    share_out(team, threads, multiply_blocks, product, product->columns / COLUMNS);
 }

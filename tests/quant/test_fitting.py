@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from lowvram.quant import fitting
+from lowvram.quant.cuda import CudaBackend
 from lowvram.quant.fitting import Fitter
+from lowvram.quant.int8 import SlicesBackend
 from lowvram.quant.linear import AWQLinear, Int8Linear
 from lowvram.quant.reference import ReferenceBackend
 from lowvram.quant.scheme import AWQScheme, Int8Scheme, Scheme
@@ -14,10 +17,13 @@ from lowvram.quant.scheme import AWQScheme, Int8Scheme, Scheme
 FOUR, EIGHT = AWQScheme(32, "pack-quantized"), Int8Scheme(64)
 
 
+CPU = torch.device("cpu")
+
+
 def fitter(scheme: Scheme, **shapes: tuple[int, ...]) -> Fitter:
     """For stored tensors whose names have `__` where published ones have a dot."""
     stored = {name.replace("__", "."): SimpleNamespace(shape=shape) for name, shape in shapes.items()}
-    return Fitter(stored, scheme, ReferenceBackend(), torch.float32)
+    return Fitter(stored, scheme, ReferenceBackend(), CPU, torch.float32)
 
 
 def test_the_words_of_a_row_tell_how_wide_a_linear_is():
@@ -47,3 +53,16 @@ def test_a_bias_is_fitted_where_the_library_or_the_file_has_one():
 )
 def test_what_multiplies_is_named(scheme: Scheme, kernel: str):
     assert fitter(scheme).kernel == kernel
+
+
+def test_8_bits_get_a_kernel_of_their_own_choosing(monkeypatch: pytest.MonkeyPatch):
+    class Best(SlicesBackend):
+        name = "int8-best"
+
+    monkeypatch.setattr(fitting, "choose_int8", lambda device, dtype, four_bits: Best())
+    assert fitter((FOUR, EIGHT)).kernel == "reference and int8-best"
+
+
+def test_without_8_bits_no_kernel_for_them_is_looked_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fitting, "choose_int8", None)
+    assert Fitter({}, (FOUR,), CudaBackend(), CPU, torch.bfloat16).kernel == "int4-cuda"

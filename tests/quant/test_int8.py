@@ -2,37 +2,20 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from int8_by_hand import random_stored, weight_by_hand
 from torch import Tensor, nn
 
 from lowvram.errors import UnsupportedQuantError
 from lowvram.quant import reference
-from lowvram.quant.int8 import int8_layout, matmul_int8, pack_int8, round_to_int8, unpack_int8
+from lowvram.quant.int8 import SlicesBackend, int8_layout, pack_int8, round_to_int8, unpack_int8
 from lowvram.quant.linear import Int8Linear
-from lowvram.quant.reference import Workspace
 
 SHAPES = [(32, 8, 32), (64, 40, 8), (96, 3, 32), (256, 72, 128)]  # inputs, outputs, group size
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 3.5e-4, torch.bfloat16: 3e-3}
-
-
-def random_stored(in_features: int, out_features: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """`weight_packed` and `weight_scale` with every byte possible."""
-    rng = np.random.default_rng(0)
-    words = rng.integers(-(2**31), 2**31, (out_features, in_features // 4)).astype(np.int32)
-    scales = rng.uniform(0.001, 0.02, (out_features, in_features // group_size)).astype(np.float16)
-    return torch.from_numpy(words), torch.from_numpy(scales)
-
-
-def weight_by_hand(packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """[N, K] in float64, exact: one byte of a word at a time, the lowest first."""
-    words = packed.numpy().view(np.uint32)
-    q = np.stack([words >> np.uint32(8 * i) & np.uint32(255) for i in range(4)], axis=-1).reshape(len(words), -1)
-    group = np.arange(q.shape[1]) // group_size
-    return torch.from_numpy((q.astype(np.float64) - 128) * scales.double().numpy()[:, group])
 
 
 def filled(stored: tuple[Tensor, Tensor], group_size: int, bias: bool = True) -> Int8Linear:
@@ -42,8 +25,8 @@ def filled(stored: tuple[Tensor, Tensor], group_size: int, bias: bool = True) ->
         len(packed),
         bias=bias,
         group_size=group_size,
+        backend=SlicesBackend(),
         dtype=torch.float32,
-        workspace=Workspace(),
     )
     values = {"weight_packed": packed, "weight_scale": scales, "bias": torch.arange(float(len(packed)))}
     for name in dict(linear.named_parameters()):
@@ -108,7 +91,7 @@ def test_products_are_right_for_every_byte(
     stored = random_stored(*shape)
     x = torch.randn(rows, shape[0], generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = x.double() @ weight_by_hand(*stored, shape[2]).t()
-    product = matmul_int8(x, *stored, shape[2], Workspace())
+    product = SlicesBackend().matmul(x, *stored, shape[2])
     assert product.dtype == dtype and product.shape == exact.shape
     assert (product.double() - exact).norm() <= TOLERANCES[dtype] * exact.norm()
 
@@ -117,7 +100,7 @@ def test_inputs_may_have_any_leading_shape_and_strides():
     stored = random_stored(64, 40, 32)
     x = torch.randn(2, 64, 3).transpose(1, 2)
     exact = x.double() @ weight_by_hand(*stored, 32).t()
-    torch.testing.assert_close(matmul_int8(x, *stored, 32, Workspace()).double(), exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(SlicesBackend().matmul(x, *stored, 32).double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_a_linear_adds_its_bias():
@@ -129,11 +112,11 @@ def test_a_linear_adds_its_bias():
 
 
 def test_a_skeleton_holds_no_memory_and_keeps_what_is_stored_but_its_shape():
-    linear = Int8Linear(64, 40, bias=False, group_size=32, dtype=torch.bfloat16, workspace=Workspace())
+    linear = Int8Linear(64, 40, bias=False, group_size=32, backend=SlicesBackend(), dtype=torch.bfloat16)
     assert all(parameter.is_meta for parameter in linear.parameters())
     assert linear.packed_names == ("weight_packed", "weight_scale") and linear.keeps_stored_layout
     assert set(linear.stored) == {"weight_packed", "weight_scale", "weight_shape"}
-    assert repr(linear) == "Int8Linear(64, 40, group_size=32)"
+    assert repr(linear) == "Int8Linear(64, 40, group_size=32, backend=int8-slices)"
 
 
 @pytest.mark.parametrize(("inputs", "group_size"), [(44, 32), (6, 3)])

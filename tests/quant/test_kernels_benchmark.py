@@ -45,6 +45,17 @@ def test_every_way_has_a_cell_for_every_number_of_threads_and_rows(tmp_path: Pat
     assert "reference" in names and all(cell["rounds"] == 2 for cell in cells)
 
 
+def test_8_bit_ways_have_cells_of_their_own(tmp_path: Path):
+    import kernels
+
+    kept = tmp_path / "kernels.json"
+    assert kernels.main([*BRIEF, "--bits", "8", "-o", str(kept)]) == 0
+    cells = json.loads(kept.read_text(encoding="utf-8"))["cells"]
+    names = list(kernels.int8_backends(CPU, torch.bfloat16))
+    assert list(dict.fromkeys(cell["way"] for cell in cells)) == [kernels.LINEAR, *names]
+    assert {cell["weight_bytes"] for cell in cells if cell["way"] in names} == {128 * 64 + 2 * 64}
+
+
 def test_rates_count_the_bytes_that_a_layout_holds_and_two_operations_for_a_weight(tmp_path: Path):
     cells = run_and_keep(tmp_path)["cells"]
     held = {cell["way"]: cell["weight_bytes"] for cell in cells}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowvram.errors import BackendError, UnsupportedQuantError
 from lowvram.quant import int4_cpu
-from lowvram.quant.matmul import BACKENDS, BY_NAME, Backend, choose_backend
+from lowvram.quant.matmul import BACKENDS, BORROWED, BY_NAME, Backend, choose_backend
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 3.5e-4, torch.bfloat16: 3e-3}
@@ -138,7 +138,7 @@ def test_tensors_that_do_not_belong_together_are_refused(name: str):
         backend.pack(qweight, qzeros[:1], scales, 32, weights)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, *BY_NAME])
+@pytest.mark.parametrize("backend", [*BACKENDS, *BY_NAME, *BORROWED])
 def test_a_linear_that_awq_cannot_store_has_no_layout(backend: type[Backend]):
     with pytest.raises(UnsupportedQuantError, match="100 inputs"):
         backend().layout(100, 64, 32, torch.bfloat16)
@@ -162,15 +162,15 @@ def test_other_devices_are_given_to_the_reference():
 
 
 def test_an_unknown_name_lists_the_choices():
-    with pytest.raises(BackendError, match=r"no kernel 'marlin' \(one of: int4-cpu, int4-cuda, reference, triton\)"):
+    names = "int4-cpu, int4-cuda, reference, triton, autoawq, gptqmodel"
+    with pytest.raises(BackendError, match=rf"no kernel 'marlin' \(one of: {names}\)"):
         choose_backend(CPU, torch.bfloat16, "marlin")
 
 
-@pytest.mark.parametrize("name", ["autoawq", "gptqmodel"])
-def test_a_kernel_of_another_project_says_what_to_install_instead(name: str):
-    with pytest.raises(BackendError, match=rf"kernel {name} .*pip install 'lowvram\[cuda\]'") as caught:
-        choose_backend(CPU, torch.bfloat16, name)
-    assert caught.value.backend == name
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda", 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_nothing_that_serves_by_name_is_chosen_by_itself(device: torch.device, dtype: torch.dtype):
+    assert choose_backend(device, dtype).name not in {backend.name for backend in (*BY_NAME, *BORROWED)}
 
 
 def test_a_name_that_cannot_serve_says_why():

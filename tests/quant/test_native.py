@@ -10,7 +10,8 @@ from awq_by_hand import random_stored, weight_by_hand
 from torch import Tensor
 
 from lowvram.errors import BackendError
-from lowvram.quant import native
+from lowvram.quant import compiled, native
+from lowvram.quant.compiled import CSource
 from lowvram.quant.int4_cpu import PACKED, SCALES_AND_ZEROS, Int4CpuBackend
 from lowvram.quant.native import Multiply
 
@@ -108,23 +109,23 @@ def test_the_backend_multiplies_by_it_where_it_serves(multiply: Multiply):
 def test_a_kernel_with_a_slip_is_refused(
     multiply: Multiply, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, right: str, wrong: str
 ):
-    source = native._source().decode()
+    source = native.SOURCE.text.decode()
     assert right in source
-    monkeypatch.setattr(native, "_source", lambda: source.replace(right, wrong).encode())
+    monkeypatch.setattr(CSource, "text", source.replace(right, wrong).encode())
     with pytest.raises(BackendError, match="what was compiled is wrong by"):
         native.load_kernel(tmp_path)
 
 
 def test_it_is_compiled_once(multiply: Multiply, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     native.load_kernel(tmp_path)
-    native._library.cache_clear()
-    monkeypatch.setattr(native, "COMPILERS", ())
+    compiled._library.cache_clear()
+    monkeypatch.setattr(compiled, "COMPILERS", ())
     native.load_kernel(tmp_path)
     assert [kept.suffix for kept in tmp_path.iterdir()] == [".so"]
 
 
 def test_without_a_compiler_torch_s_own_kernel_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
     with pytest.raises(BackendError, match="none of no-such-compiler was found"):
         native.load_kernel(tmp_path)
     backend = Int4CpuBackend(load=lambda: native.load_kernel(tmp_path))
@@ -138,7 +139,7 @@ def test_without_a_compiler_torch_s_own_kernel_serves(monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler here")
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(native, "_source", lambda: b"#error this machine is not for us\n")
+    monkeypatch.setattr(CSource, "text", b"#error this machine is not for us\n")
     with pytest.raises(BackendError, match="this machine is not for us"):
         native.load_kernel(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -147,7 +148,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.
 @pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler here")
 def test_a_processor_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     source = b"int lowvram_supported(void) { return 0; }\nvoid lowvram_multiply(void) {}\n"
-    monkeypatch.setattr(native, "_source", lambda: source)
+    monkeypatch.setattr(CSource, "text", source)
     with pytest.raises(BackendError, match="no AVX-512 instructions for bfloat16"):
         native.load_kernel(tmp_path)
 
@@ -156,15 +157,15 @@ def test_without_torch_s_threads_it_is_refused(
     multiply: Multiply, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
 ):
     (tmp_path / "maps").write_text("7f00-7f01 r-xp 00000000 00:00 0 /usr/lib/libc.so.6\n")
-    monkeypatch.setattr(native, "MAPS", tmp_path / "maps")
-    native._torch_team.cache_clear()
-    request.addfinalizer(native._torch_team.cache_clear)
+    monkeypatch.setattr(compiled, "MAPS", tmp_path / "maps")
+    compiled._torch_team.cache_clear()
+    request.addfinalizer(compiled._torch_team.cache_clear)
     with pytest.raises(BackendError, match="torch's OpenMP threads cannot be reached"):
         native.load_kernel()
 
 
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(native, "COMPILERS", ("cc", "python3"))
+    monkeypatch.setattr(compiled, "COMPILERS", ("cc", "python3"))
     occupied = tmp_path / "a file"
     occupied.touch()
     with pytest.raises(BackendError, match="a file"):

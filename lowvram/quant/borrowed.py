@@ -1,0 +1,128 @@
+"""Another project's kernel -> a backend of ours, for whoever asks for it by name: what such backends share.
+
+AutoAWQ and gptqmodel carry the same Triton kernel for AWQ's words, which began in vLLM. Where weights lie and what they
+cost stays ours, and so do many rows, odd groups and the trial that the kernel has to pass first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from subprocess import CalledProcessError
+
+import torch
+from torch import Tensor
+
+from .packing import TensorSpec, pack_awq, unpack_awq
+from .reference import ReferenceBackend
+from .triton_backend import FEW_ROWS, SELF_TEST_TOLERANCE
+
+GROUP_SIZES = (32, 64, 128)
+"""Those that both projects say the kernel was made for."""
+
+
+class BorrowedBackend(ABC):
+    """Multiplies few rows by another project's kernel; see `matmul.Backend`. What that was not made for is left to the
+    reference backend, which reads the same tensors."""
+
+    name: str
+    package: str
+    """What Python imports; `name` is that of our extra."""
+
+    caveat: str
+    """What whoever asks for it should know, in a few words: part of `reason`, and told by `lowvram doctor`."""
+
+    dtypes: tuple[torch.dtype, ...]
+
+    def __init__(self, reason: str = "") -> None:
+        self.reason = "; ".join(filter(None, (reason, self.caveat)))
+        self._reference = ReferenceBackend()
+
+    @classmethod
+    def obstacle(cls, device: torch.device, dtype: torch.dtype) -> str:
+        """Why it cannot serve here, or nothing: it must import, compile for this card and multiply rightly."""
+        if device.type == "cpu":
+            return "it runs on a graphics card, not on the CPU"
+        if dtype not in cls.dtypes:
+            return f"it computes in {' and '.join(map(_bare, cls.dtypes))}, not in {_bare(dtype)}"
+        try:
+            from triton.errors import TritonError
+
+            cls.multiply_packed()
+        except (ImportError, AttributeError, OSError, RuntimeError) as missing:  # an old package meets new libraries
+            return f"{cls.name} cannot be imported ({missing}): pip install 'lowvram[{cls.name}]'"
+        try:
+            error = cls().self_test(device, dtype)
+        except (TritonError, RuntimeError, OSError, CalledProcessError, TypeError, ValueError) as failure:
+            return f"its kernel fails on this machine: {failure}"  # the last two: another version's other arguments
+        return "" if error < SELF_TEST_TOLERANCE else f"its kernel is wrong on this machine, by {error:.1%}"
+
+    def layout(
+        self, in_features: int, out_features: int, group_size: int, dtype: torch.dtype
+    ) -> Mapping[str, TensorSpec]:
+        """AWQ's own tensors."""
+        return self._reference.layout(in_features, out_features, group_size, dtype)
+
+    def pack(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, out: Mapping[str, Tensor]) -> None:
+        """Copy AWQ's tensors."""
+        self._reference.pack(qweight, qzeros, scales, group_size, out)
+
+    def matmul(self, x: Tensor, weights: Mapping[str, Tensor], group_size: int) -> Tensor:
+        """x [..., K] -> [..., N], a new tensor."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if group_size not in GROUP_SIZES or not 0 < len(rows) <= FEW_ROWS:
+            return self._reference.matmul(x, weights, group_size)
+        out = self.multiply(rows, weights["qweight"], weights["qzeros"], weights["scales"])
+        return out.view(*x.shape[:-1], out.shape[1])
+
+    def self_test(self, device: torch.device, dtype: torch.dtype) -> float:
+        """The largest relative error of a small linear of several groups and tiles, for one row and for two tiles of
+        them."""
+        generator = torch.Generator().manual_seed(0)
+        in_features, out_features, group_size = 256, 72, 64
+        stored = pack_awq(torch.randn(out_features, in_features, generator=generator), group_size)
+        layout = self.layout(in_features, out_features, group_size, dtype)
+        weights = {leaf: torch.empty(spec.shape, dtype=spec.dtype, device=device) for leaf, spec in layout.items()}
+        self.pack(*stored, group_size, weights)
+        x = torch.randn(33, in_features, generator=generator).to(dtype)
+        exact = x.float() @ unpack_awq(*stored, group_size, torch.float32).t()
+        products = [self.matmul(x[:rows].to(device), weights, group_size).cpu() for rows in (1, len(x))]
+        return max(float((y - exact[: len(y)]).norm() / exact[: len(y)].norm()) for y in products)
+
+    @staticmethod
+    @abstractmethod
+    def multiply_packed() -> object:
+        """Import the package's function, once."""
+
+    @abstractmethod
+    def multiply(self, rows: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+        """rows [M, K], contiguous, times the packed weight: [M, N], new, in the rows' dtype."""
+
+
+@contextmanager
+def undoing_side_effects() -> Iterator[None]:
+    """Import a package in here to keep its hands off the process: variables of the environment, filters of warnings and
+    the root logger are as they were afterwards, and what it prints goes to stderr.
+
+    Functions of other libraries that it replaces, and threads that it starts, stay.
+    """
+    variables, root = dict(os.environ), logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for name in os.environ.keys() - variables.keys():
+            del os.environ[name]
+        os.environ.update(variables)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def _bare(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

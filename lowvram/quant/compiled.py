@@ -1,0 +1,145 @@
+"""A C source of this folder -> its product, compiled on this machine by its C compiler, on torch's own threads.
+
+An accelerator on which nothing depends: whoever asks for it is told why there is none (no compiler, a processor without
+the instructions, or a torch whose threads it cannot use).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from ..errors import BackendError
+from ..user_cache import user_cache
+
+Run = Callable[[ctypes.Structure], None]
+"""Computes the product that a structure, the source's own, describes. As many threads as torch uses share it."""
+
+TEAM = "team.c"
+"""What every source begins with."""
+
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-shared", "-fPIC", "-x", "c", "-")
+COMPILE_S = 60
+
+MAPS = Path("/proc/self/maps")
+"""Which libraries this process has loaded, on Linux."""
+
+TEAM_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+
+SELF_TEST_TOLERANCE = 0.01
+"""Three times the error that bfloat16 explains, and far below what misread weights make."""
+
+
+@dataclass(frozen=True)
+class CSource:
+    """The file `name` of this folder, which serves `backend` where a processor has the `instructions`.
+
+    It has `lowvram_supported()`, and `lowvram_multiply(team, product, threads)`.
+    """
+
+    name: str
+    backend: str
+    instructions: str
+
+    @property
+    def text(self) -> bytes:
+        """All of it that a compiler needs."""
+        return b"".join(files(__package__).joinpath(name).read_bytes() for name in (TEAM, self.name))
+
+    def compiled_file(self, cache_folder: Path) -> Path:
+        """Where it is, or will be, kept: one file for each text and kind of machine."""
+        key = hashlib.sha256(b"\0".join((self.text, *map(str.encode, (*FLAGS, platform.machine()))))).hexdigest()[:16]
+        return cache_folder / f"{self.backend}-{key}.so"
+
+    def load(self, cache_folder: Path | None = None) -> Run:
+        """Compile it, now or before, into `cache_folder` (the user's cache).
+
+        Raises BackendError when it cannot be had on this machine, with the reason.
+        """
+        library, team = _library(self, str(cache_folder or user_cache())), _torch_team(self)
+        if not library.lowvram_supported():
+            raise self.refusal(f"this processor has no {self.instructions}")
+
+        def run(product: ctypes.Structure) -> None:
+            library.lowvram_multiply(ctypes.byref(team), ctypes.byref(product), torch.get_num_threads())
+
+        return run
+
+    def require(self, error: float) -> None:
+        """Raise BackendError where what was compiled has too large a relative error."""
+        if not error <= SELF_TEST_TOLERANCE:
+            raise self.refusal(f"what was compiled is wrong by {error:.1%}")
+
+    def refusal(self, reason: str) -> BackendError:
+        """What is raised where it does not serve."""
+        return BackendError(
+            f"the compiled kernel of {self.backend} does not serve: {reason}", backend=self.backend, reason=reason
+        )
+
+
+class _Team(ctypes.Structure):
+    """What `team.c` calls a Team."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("parallel", "thread", "size"))
+
+
+@cache
+def _torch_team(source: CSource) -> _Team:
+    """Of the OpenMP that torch has loaded; another library may have brought one of its own."""
+    try:
+        lines = MAPS.read_text(encoding="utf-8").splitlines()
+        loaded = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line}
+        nearest = min(loaded, key=lambda path: (not path.startswith(str(Path(torch.__file__).parent)), path))
+        functions = [getattr(ctypes.CDLL(nearest), name) for name in TEAM_FUNCTIONS]
+    except (OSError, ValueError, AttributeError) as error:
+        raise source.refusal(f"torch's OpenMP threads cannot be reached: {error}") from error
+    return _Team(*(ctypes.cast(function, ctypes.c_void_p) for function in functions))
+
+
+@cache
+def _library(source: CSource, cache_folder: str) -> ctypes.CDLL:
+    compiled = source.compiled_file(Path(cache_folder))
+    try:
+        if not compiled.exists():
+            _compile(source, compiled)
+        library = ctypes.CDLL(str(compiled))
+    except OSError as error:
+        raise source.refusal(f"it cannot be kept in {cache_folder} or loaded from there: {error}") from error
+    library.lowvram_multiply.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
+    library.lowvram_multiply.restype = None
+    return library
+
+
+def _compile(source: CSource, compiled: Path) -> None:
+    """Into place in one step: another process may be looking for it."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise source.refusal(f"there is no C compiler here: none of {', '.join(COMPILERS)} was found")
+    compiled.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=compiled.parent) as folder:
+        fresh = Path(folder) / compiled.name
+        try:
+            done = subprocess.run(
+                [compiler, *FLAGS, "-o", str(fresh)], input=source.text, capture_output=True, timeout=COMPILE_S
+            )
+        except subprocess.TimeoutExpired as error:
+            raise source.refusal(f"{compiler} was not done after {COMPILE_S} s") from error
+        if done.returncode:
+            raise source.refusal(f"{compiler} fails: {_first_line(done.stderr)}")
+        fresh.replace(compiled)
+
+
+def _first_line(stderr: bytes) -> str:
+    return next(iter(stderr.decode(errors="replace").splitlines()), "it says nothing")

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import re
+import sys
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowvram.quant import cuda, int8_cuda
+from lowvram.quant.cuda import CudaBackend
+from lowvram.quant.int8_cuda import Int8CudaBackend
+from lowvram.quant.nvrtc import Source
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+CARD = torch.device("cuda")
+
+both_sources = pytest.mark.parametrize("source", [cuda.SOURCE, int8_cuda.SOURCE], ids=lambda source: source.name)
+both_backends = pytest.mark.parametrize("backend", [CudaBackend, Int8CudaBackend])
+
+needs_nvrtc = pytest.mark.skipif(
+    find_spec("cuda") is None or find_spec("cuda.core") is None, reason="needs cuda-core and NVRTC (the dev extra)"
+)
+
+# ---- sources, compiled for cards that need not be there
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@both_sources
+def test_it_compiles_for_every_card_without_spilling_a_register(source: Source, arch: str):
+    from cuda.core import Program, ProgramOptions
+
+    log = StringIO()
+    options = ProgramOptions(arch=arch, std="c++17", ptxas_options=["-v"])
+    Program(source.text, "c++", options).compile("cubin", logs=log)
+    report = log.getvalue()
+    assert set(re.findall(r"entry function '(\w+)'", report)) == set(source.kernels)
+    assert re.findall(r"(\d+) bytes spill", report) == ["0"] * 2 * len(source.kernels)
+    registers = dict(re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", report, re.DOTALL))
+    assert all(int(registers[f"multiply_{dtype}_1"]) <= 64 for dtype in ("float16", "bfloat16"))  # 1024 threads a core
+
+
+@needs_nvrtc
+@both_sources
+def test_compiled_kernels_are_kept_for_the_next_process(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    first = source.compile("sm_86")
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == first.code]
+    assert source.compile("sm_86").code == first.code
+
+
+@needs_nvrtc
+def test_a_cache_that_cannot_be_written_to_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "file"))
+    assert len(cuda.SOURCE.compile("sm_86").code) > 10_000
+
+
+# ---- where they cannot serve
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        ("cpu", torch.float16, "runs on a CUDA card, not on cpu"),
+        ("cuda", torch.float32, "computes in float16 and bfloat16, not in float32"),
+    ],
+)
+@both_backends
+def test_it_says_where_it_cannot_serve(
+    backend: type[CudaBackend | Int8CudaBackend], device: str, dtype: torch.dtype, reason: str
+):
+    assert reason in backend.obstacle(torch.device(device), dtype)
+
+
+@both_backends
+def test_without_cuda_core_it_says_what_to_install(
+    backend: type[CudaBackend | Int8CudaBackend], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "cuda.core._utils.cuda_utils", None)
+    assert "pip install 'lowvram[cuda]'" in backend.obstacle(CARD, torch.float16)
+
+
+@needs_nvrtc
+@both_backends
+def test_a_card_on_which_the_kernel_is_wrong_is_left_to_others(
+    backend: type[CudaBackend | Int8CudaBackend], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys.modules[backend.__module__], "self_test", lambda *_: 0.25)
+    assert backend.obstacle(CARD, torch.float16) == "its kernel is wrong on this machine, by 25.0%"
