@@ -51,13 +51,14 @@ def make_toy(kv_heads: int, seed: int) -> Toy:
     """A random layer in float32; with as many key heads as query heads, all four of its groups can be scaled."""
     torch.manual_seed(seed)
     attention.register()
-    config = Qwen2_5OmniTextConfig(
+    rotary: dict[str, Any] = {"rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default"}}
+    config: Any = Qwen2_5OmniTextConfig(
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_attention_heads=HEADS,
         num_key_value_heads=kv_heads,
         num_hidden_layers=1,
-        rope_scaling={"mrope_section": [4, 6, 6], "rope_type": "default"},
+        **rotary,
     )
     config._attn_implementation = attention.NAME
     layer = Qwen2_5OmniDecoderLayer(config, 0).eval().requires_grad_(False)
@@ -79,7 +80,7 @@ class StoredSteps(AwqQuantizer):
 
 def autoawq(kind: type) -> Any:
     """Its quantizer without the model loading around it."""
-    quantizer = kind.__new__(kind)
+    quantizer: Any = object.__new__(kind)
     settings = {"w_bit": 4, "group_size": GROUP_SIZE, "zero_point": True, "duo_scaling": True}
     vars(quantizer).update(settings, max_chunk_memory=2**30, n_parallel_calib_samples=None)
     return quantizer
@@ -122,7 +123,7 @@ def compare(kv_heads: int, seed: int) -> bool:
         print(f"  scales of {group.inspected:<18} differ by {as_is:.1e}, with steps as stored by {as_stored:.1e}")
     for group, statistics in quantizer.statistics.items():
         for path in (path for path in group.linears if path not in UNCLIPPED):
-            weight = toy.layer.get_submodule(path).weight
+            weight = _linear(toy, path).weight
             ours = search_clip(weight, statistics.moments(), STORAGE)
             as_is, as_stored = (
                 _share_of_same(ours, autoawq(kind)._compute_best_clip(weight, inputs[group.linears[0]]).squeeze(-1))
@@ -132,7 +133,13 @@ def compare(kv_heads: int, seed: int) -> bool:
             print(
                 f"  clips of {path:<19} are the same in {as_is:.1%} of groups, with steps as stored in {as_stored:.1%}"
             )
-    return agree & all(_same_packing(toy.layer.get_submodule(path)) for path in ("mlp.down_proj", "self_attn.q_proj"))
+    return agree & all(_same_packing(_linear(toy, path)) for path in ("mlp.down_proj", "self_attn.q_proj"))
+
+
+def _linear(toy: Toy, path: str) -> nn.Linear:
+    linear = toy.layer.get_submodule(path)
+    assert isinstance(linear, nn.Linear), path
+    return linear
 
 
 def _share_of_same(ours: Tensor, theirs: Tensor) -> float:

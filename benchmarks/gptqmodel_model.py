@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AwqConfig, Qwen2_5OmniForConditionalGeneration
 
 
 def main(checkpoint: str, ids: str, logits: str) -> None:
+    backend: Any = "torch_awq"
     model = Qwen2_5OmniForConditionalGeneration.from_pretrained(
-        checkpoint, dtype=torch.float16, quantization_config=AwqConfig(backend="torch_awq"), device_map="cpu"
+        checkpoint, dtype=torch.float16, quantization_config=AwqConfig(backend=backend), device_map="cpu"
     )
     packed = [name for name, module in model.named_modules() if hasattr(module, "qweight")]
     assert packed and all(name.startswith("thinker.model.") and ".layers." in name for name in packed), packed

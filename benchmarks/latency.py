@@ -22,10 +22,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ from transformers.utils import logging
 from lowvram.demo import DemoSize
 from lowvram.demo.config import MEL_BINS, SPEAKER_WIDTH, TINY, omni_config
 from lowvram.demo.weights import Stored, draw
-from lowvram.options import MODES, SpeechParams
+from lowvram.options import MODES, Solver, SpeechMode, SpeechParams
 from lowvram.token2wav.conditioning import Speaker, condition
 from lowvram.token2wav.ode import time_grid
 from lowvram.token2wav.stream import decode_speech
@@ -263,8 +264,8 @@ def all_ways(model: Any, codes: Sequence[int], modes: Iterable[str], solvers: It
         f"chunks {CHUNK_CODES}/{BEFORE_CODES}/{AFTER_CODES}, euler": lambda: chunks_by_euler(model, codes, steps),
     }
     for mode, solver in product(modes, solvers):
-        params: Any = replace(PARAMS, **{"mode": mode, "solver": solver})
-        ways[f"{mode}, {solver}"] = lambda params=params: streamed(model, codes, params)
+        params = replace(PARAMS, mode=cast(SpeechMode, mode), solver=cast(Solver, solver))
+        ways[f"{mode}, {solver}"] = partial(streamed, model, codes, params)
     return ways
 
 

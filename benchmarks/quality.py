@@ -224,7 +224,7 @@ def require_same_ids(reference: OmniRuntime, candidate: OmniRuntime, prompts: Se
 
 def measure(reference: str, candidate: str, work: Work, *, vram: str | None, device: str, dtype: str) -> dict[str, Any]:
     """Everything, with its card."""
-    opening = {"vram": vram, "device": device, "dtype": dtype}
+    opening: dict[str, Any] = {"vram": vram, "device": device, "dtype": dtype}
     with OmniRuntime.open(reference, **opening) as first, OmniRuntime.open(candidate, **opening) as second:
         require_room_for_heads(first, second)
         require_same_ids(first, second, work.prompts)

@@ -55,7 +55,8 @@ def prompt_tokens(seconds: int) -> int:
 def trace_vision(config: Any, seconds: int) -> int:
     """Peak bytes of the vision tower on the whole clip, its weights included."""
     with torch.device("meta"):
-        tower = Qwen2_5OmniVisionEncoder(config).to(DTYPE).eval()
+        tower: Any = Qwen2_5OmniVisionEncoder(config)
+        tower.to(DTYPE).eval()
         pixels = torch.empty(seconds * FRAME[0] * FRAME[1], 3 * 2 * 14 * 14, dtype=DTYPE)
     grid = torch.tensor([[seconds, *FRAME]], device="cpu")
     positions = get_vision_position_ids(grid, config.spatial_merge_size).to("meta")  # the rest may stay on the host
@@ -68,7 +69,8 @@ def trace_vision(config: Any, seconds: int) -> int:
 def trace_thinker(config: Any, tokens: int) -> int:
     """Peak bytes of the thinker on the whole prompt: 4-bit layers, and 16-bit embeddings and head."""
     with torch.device("meta"):
-        thinker = Qwen2_5OmniThinkerForConditionalGeneration(config).to(DTYPE).eval()
+        thinker: Any = Qwen2_5OmniThinkerForConditionalGeneration(config)
+        thinker.to(DTYPE).eval()
         layers_and_norm = thinker.get_decoder()
         _quantize(layers_and_norm.layers)
         embeds = torch.empty(1, tokens, config.text_config.hidden_size, dtype=DTYPE)
@@ -125,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     logging.set_verbosity_error()
     card = make_card("none: traced on tensors without data", model="Qwen2.5-Omni-7B-AWQ, its published shape")
-    result = {"card": card, "rows": compare()}
+    result: dict[str, Any] = {"card": card, "rows": compare()}
     if chosen.output:
         write_result(chosen.output, result)
     print(json.dumps(result) if chosen.json else "\n".join([*card_lines(card), "", table(result["rows"])]))

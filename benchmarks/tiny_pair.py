@@ -28,7 +28,8 @@ def _rounded(folder: Path, group_size: int) -> Iterator[tuple[str, Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(path).items():
             if name.startswith("thinker.model.layers.") and name.endswith("_proj.weight"):
-                base, leaves = name.removesuffix("weight"), stored_layout(*tensor.shape[::-1], group_size)
+                out_features, in_features = tensor.shape
+                base, leaves = name.removesuffix("weight"), stored_layout(in_features, out_features, group_size)
                 yield from zip((base + leaf for leaf in leaves), pack_awq(tensor, group_size), strict=True)
             else:
                 yield name, tensor

@@ -18,6 +18,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from . import hub
+from .config_rules import check_config, check_ids
 from .errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
@@ -135,12 +136,11 @@ def open_checkpoint(
     """
     folder = find_folder(model, revision, on_progress)
     config = read_config(folder / "config.json", model)
-    generation = folder / "generation_config.json"
     return Checkpoint(
         name=str(model),
         folder=folder,
         config=config,
-        generation=_read_json(generation) if generation.exists() else {},
+        generation=_read_generation(folder / "generation_config.json"),
         tensors=read_tensors(folder),
     )
 
@@ -156,7 +156,8 @@ def find_folder(
 
 
 def read_config(path: Path, model: str | Path) -> dict[str, Any]:
-    """The config.json of `model`. Raises CheckpointError when it cannot be read or is of another kind of model."""
+    """The config.json of `model`. Raises CheckpointError when it cannot be read, is of another kind of model, or holds
+    a value that cannot be."""
     config = _read_json(path)
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
@@ -164,7 +165,15 @@ def read_config(path: Path, model: str | Path) -> dict[str, Any]:
             path=str(path),
             hint=f"this runtime answers with Qwen2.5-Omni, for instance {DEFAULT_MODEL}",
         )
+    check_config(config, path)
     return config
+
+
+def _read_generation(path: Path) -> dict[str, Any]:
+    """generation_config.json, which a checkpoint need not have."""
+    generation = _read_json(path) if path.exists() else {}
+    check_ids(generation, path)
+    return generation
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -185,8 +194,10 @@ def stored_dtype(config: Mapping[str, Any]) -> str | None:
 def local_folder(model: str | Path) -> Path | None:
     """The folder that `model` names, or None if it reads as a hub id (`name` or `owner/name`).
 
-    Raises CheckpointError for a path to anything else.
+    Raises CheckpointError for a path to anything else, OptionError for what is no name at all.
     """
+    if not isinstance(model, str | os.PathLike) or not str(model).strip():
+        raise OptionError(f"model {model!r} is no name", hint=f"a folder, demo, or a hub id such as {DEFAULT_MODEL}")
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):
         return path

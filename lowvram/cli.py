@@ -10,17 +10,18 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from . import __version__
 from .answering import Places, answer, hand_out, raise_failure, sounds_for, words_to
-from .contradictions import IN_A_CHAT, named_as_typed, refuse, refuse_to_overwrite
+from .contradictions import IN_A_CHAT, named_as_typed, refuse, refuse_for_media, refuse_to_overwrite
 from .conversation import Chat, open_part, read_arguments, text_to_speak, typed_lines
 from .errors import InfeasibleBudgetError, OptionError
 from .events import Progress
@@ -66,10 +67,14 @@ if TYPE_CHECKING:
 SHORT_QUESTION = "?"
 """What is planned for when nothing is asked, as `OmniRuntime.plan` does."""
 
+BOXES_NEED_COLUMNS = 72
+"""In a narrower terminal, boxes of help would cut the names of flags short; plain lines are wrapped."""
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if get_terminal_size().columns >= BOXES_NEED_COLUMNS else None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Qwen2.5-Omni on an ordinary gaming PC: text and speech from video, inside the VRAM you name.",
     epilog="To try it without a download: lowvram run clip.mp4 --model demo",
@@ -129,20 +134,24 @@ def run(
 ) -> None:
     """Answer about media, a prompt, or both: text to stdout as it comes, speech to a file or the loudspeaker."""
     with exit_codes(verbose), ExitStack() as stack:
-        refuse(_typed(ctx))
+        typed = _typed(ctx)
+        refuse(typed)
         with named_as_typed():
             limits, seen, spoken = memory.limits(), sight.params(), sound.params(voice, draw.seed)
             sampling = question.sampling(draw)
         progress = stack.enter_context(progress_shown(quiet, verbose))
         refuse_to_overwrite(media or [], voice.output)
         sounds = sounds_for(voice) if spoken and not (dry_run or plan) else []
-        messages = [] if speak else _messages(question, media, limits, stack, at_least_short=plan)
+        messages = [] if speak else _messages(typed, question, media, limits, stack, at_least_short=plan)
         if dry_run:
             _print_shape(_preprocessor(model, progress, verbose).measure(messages, seen, limits), as_json)
             return
         runtime = stack.enter_context(_open(model, memory, machine, limits, progress, verbose))
         if plan:
-            _print_plan(runtime.plan(messages, sampling=sampling, speech=spoken, media=seen), runtime, as_json)
+            about = {"model": model.model, "origin": f"the headers in {runtime.checkpoint.folder}"}
+            with _refusal_shown(as_json, about):
+                planned = runtime.plan(messages, sampling=sampling, speech=spoken, media=seen)
+            _print_plan(planned, runtime, as_json, about)
         else:
             if speak and spoken:
                 events = runtime.speak(text_to_speak(speak), speech=spoken)
@@ -211,26 +220,23 @@ def plan(
 
     For this machine, with what is free on it now: run --plan.
     """
-    from .forecast import forecast, refusal_record
+    from .forecast import forecast
     from .planning import find_headers
     from .workload import count_turn, read_stand_ins
 
     with exit_codes(verbose), ExitStack() as stack:
-        refuse(_typed(ctx))
+        typed = _typed(ctx)
+        refuse(typed)
         with named_as_typed():
             limits, seen, spoken = memory.limits(), sight.params(), sound.params()
             sampling, others = question.sampling(), read_stand_ins(*astuple(stand_ins))
             device = target.place()
         budget, gpu = memory.budget(), target.card()
-        messages = _messages(question, media, limits, stack, at_least_short=True)
+        messages = _messages(typed, question, media, limits, stack, at_least_short=True)
         headers = find_headers(model.model, model.revision)
         work = count_turn(headers, messages, others, media=seen, limits=limits, sampling=sampling, speech=spoken)
-        try:
+        with _refusal_shown(as_json, {"model": headers.name, "origin": headers.origin}):
             found = forecast(headers, work, budget, limits, card=gpu, device=device, dtype=memory.dtype)
-        except InfeasibleBudgetError as error:
-            if as_json:
-                write_text(json.dumps(refusal_record(headers, error)), sys.stdout)
-            raise
         write_text(json.dumps(found.to_json()) if as_json else str(found), sys.stdout)
 
 
@@ -273,12 +279,13 @@ def profile(
     from .workload import count_turn, read_stand_ins
 
     with exit_codes(verbose), ExitStack() as stack:
-        refuse(_typed(ctx), NOTHING_YET)
+        typed = _typed(ctx)
+        refuse(typed, NOTHING_YET)
         with named_as_typed():
             limits, seen, spoken = memory.limits(), sight.params(), sound.params()
             sampling, others = question.sampling(), read_stand_ins(*astuple(stand_ins))
         outputs = Outputs.of(html, keep, vs, media or [])
-        messages = _messages(question, media, limits, stack, at_least_short=True)
+        messages = _messages(typed, question, media, limits, stack, at_least_short=True)
         progress = stack.enter_context(progress_shown(quiet, verbose))
         meter = None if trace else open_counter(open_device(machine.device))
         if not quiet and (reason := patience(meter)):
@@ -379,11 +386,32 @@ def _typed(ctx: typer.Context) -> dict[str, Any]:
 
 
 def _messages(
-    question: Question, media: list[str] | None, limits: Limits, stack: ExitStack, *, at_least_short: bool
+    typed: dict[str, Any],
+    question: Question,
+    media: list[str] | None,
+    limits: Limits,
+    stack: ExitStack,
+    *,
+    at_least_short: bool,
 ) -> list[dict[str, Any]]:
     """What is asked; where nothing is and something `at_least_short` must be, a short question."""
     prompt = question.prompt or (SHORT_QUESTION if at_least_short and not media else "")
-    return read_arguments(media or [], prompt, question.system, limits, stack)
+    messages = read_arguments(media or [], prompt, question.system, limits, stack)
+    refuse_for_media(typed, (part["type"] for part in messages[-1]["content"]))
+    return messages
+
+
+@contextmanager
+def _refusal_shown(as_json: bool, about: dict[str, str]) -> Iterator[None]:
+    """A turn that does not fit is an answer, too, to whoever asked for a plan as JSON."""
+    from .forecast import refusal_record
+
+    try:
+        yield
+    except InfeasibleBudgetError as error:
+        if as_json:
+            write_text(json.dumps(about | refusal_record(error)), sys.stdout)
+        raise
 
 
 def _open(
@@ -437,9 +465,9 @@ def _quieten_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def _print_plan(planned: Plan, runtime: OmniRuntime, as_json: bool) -> None:
+def _print_plan(planned: Plan, runtime: OmniRuntime, as_json: bool, about: dict[str, str]) -> None:
     """A plan for this machine, and what would compute."""
-    computes = {"device_title": runtime.device.title, "kernel": runtime.kernel}
+    computes = {**about, "fits": True, "device_title": runtime.device.title, "kernel": runtime.kernel}
     text = f"{planned}\nkernel {runtime.kernel} on {runtime.device.title}"
     write_text(json.dumps(computes | planned.to_json()) if as_json else text, sys.stdout)
 

@@ -6,7 +6,7 @@ Options that would silently do nothing are refused as well: whoever typed them e
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,8 +29,9 @@ ABOUT_SPEECH = (
 )
 ABOUT_PICTURES = ("--fps", "--max-frames", "--max-pixels", "--no-video-sound")
 ABOUT_CUTS = ("--start", "--end")
+KINDS_OF_STAND_INS = {"--video-seconds": "video", "--audio-seconds": "audio", "--images": "image"}
+STAND_INS = tuple(KINDS_OF_STAND_INS)
 ABOUT_THINKING = ("--prompt", "--system", "--max-tokens", "--temperature", "--top-k", "--top-p")
-STAND_INS = ("--video-seconds", "--audio-seconds", "--images")
 
 CONTRADICTIONS = (
     *(("--no-speech", option) for option in ABOUT_SPEECH),
@@ -63,6 +64,18 @@ PREREQUISITES = (
 )
 """Options that mean something only beside another."""
 
+MOVING, SOUNDING, SEEN = ("video",), ("video", "audio"), ("video", "image")
+ABOUT_KINDS = {
+    "--start": SOUNDING,
+    "--end": SOUNDING,
+    "--fps": MOVING,
+    "--max-frames": MOVING,
+    "--no-video-sound": MOVING,
+    "--max-pixels": SEEN,
+}
+"""The kinds of media, one of which an option is about."""
+A_KIND = {"video": "a video", "audio": "a sound", "image": "a picture"}
+
 IN_A_CHAT = (("--voice", "--play"),)
 """The same of a chat, which is silent unless it is played."""
 
@@ -91,6 +104,18 @@ def refuse(typed: Mapping[str, Any], prerequisites: Sequence[tuple[str, str]] = 
     for option, value in typed.items():
         if value == "" and option not in MAY_BE_EMPTY:
             raise OptionError(f"{option} is empty: 0 characters", hint="give it a value, or leave it out")
+
+
+def refuse_for_media(typed: Mapping[str, Any], kinds: Iterable[str]) -> None:
+    """Raise OptionError for an option about none of the media, which were found to be of these `kinds`, nor about what
+    stands in for others; that is never cut."""
+    found = set(kinds)
+    stood_for = {kind for option, kind in KINDS_OF_STAND_INS.items() if option in typed}
+    for option, meant in ABOUT_KINDS.items():
+        concerned = found if option in ABOUT_CUTS else found | stood_for
+        if option in typed and concerned.isdisjoint(meant):
+            needed = " or ".join(A_KIND[kind] for kind in meant)
+            raise OptionError(f"{option} has no effect without {needed}", hint=f"leave {option} out")
 
 
 def refuse_to_overwrite(sources: Sequence[str], output: str | None) -> None:

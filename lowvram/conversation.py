@@ -24,7 +24,7 @@ def read_arguments(
     sources: Sequence[str], prompt: str, system: str | None, limits: Limits, stack: ExitStack
 ) -> list[dict[str, Any]]:
     """The conversation that the arguments mean: media in order, each as what its content is, then the words."""
-    if not sources and not prompt:
+    if not sources and not prompt.strip():
         raise OptionError("nothing to answer: 0 media and no prompt", hint='try: lowvram run clip.mp4 -p "Who speaks?"')
     parts = [open_part(source, limits, stack) for source in sources]
     if prompt:

@@ -78,15 +78,16 @@ def forecast(
     return Forecast(headers, workload, plan, expect(plan, footprint_of(headers, dtype), workload.turn, card))
 
 
-def refusal_record(headers: Headers, error: InfeasibleBudgetError) -> dict[str, Any]:
-    """A turn that does not fit, as JSON has it: what is short (`vram`, or `ram` on the host), and the least of it."""
-    short = "ram" if error.phase == "host" else "vram"
+def refusal_record(error: InfeasibleBudgetError) -> dict[str, Any]:
+    """A turn that does not fit, as JSON has it: what is short (`vram`, or `ram` on the host), the least of it, and the
+    refusal in words, with what giving something up would save."""
+    reason, short = str(error.args[0]), "ram" if error.phase == "host" else "vram"
     return {
-        "model": headers.name,
-        "origin": headers.origin,
         "fits": False,
         "short_of": short,
         "budget_bytes": error.available_bytes,
         "smallest_budget_bytes": error.needed_bytes,
         "phase": error.phase,
+        "reason": reason,
+        "hints": error.hint.split("; "),
     }

@@ -8,8 +8,9 @@ surprise in the middle of an answer. Defaults are the reference's (transformers 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Literal
 
 from .errors import OptionError
 
@@ -44,6 +45,14 @@ MAX_TIMEOUT_S = 86_400
 MAX_SEED = 2**64 - 1
 """The largest state that a random generator is started from."""
 
+KINDS: dict[str, tuple[type, str]] = {
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "bool": (bool, "True or False"),
+    "str": (str, "a word"),
+}
+"""By annotation. numpy's numbers are numbers, too."""
+
 DEFAULT_SYSTEM_PROMPT = (
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and"
     " visual inputs, as well as generating text and speech."
@@ -54,6 +63,27 @@ DEFAULT_SYSTEM_PROMPT = (
 def _require(condition: bool, message: str, hint: str = "") -> None:
     if not condition:
         raise OptionError(message, hint=hint)
+
+
+def _require_kinds(options: Any) -> None:
+    """Every field is of the kind that its annotation says; Python would find out in the middle of an answer."""
+    for field in fields(options):
+        kind_name, _, or_none = str(field.type).partition(" | ")
+        value = getattr(options, field.name)
+        if kind_name in KINDS and not (or_none and value is None):
+            kind, words = KINDS[kind_name]
+            fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+            _require(fits, f"{field.name} is {value!r}, but must be {words}")
+
+
+def require_options(**chosen: object) -> None:
+    """Raise OptionError for options that are not of the group that their name stands for, such as `speech=False`."""
+    for name, options in chosen.items():
+        group = GROUPS[name]
+        _require(
+            options is None or isinstance(options, group),
+            f"{name} is {options!r}, but must be {group.__name__} or None",
+        )
 
 
 def _require_seed(seed: int | None) -> None:
@@ -76,6 +106,7 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        _require_kinds(self)
         _require(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}, but an answer has at least 1 token")
         _require(
             math.isfinite(self.temperature) and self.temperature >= 0,
@@ -127,6 +158,9 @@ class SpeechParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        _require_kinds(self)
+        is_sampling = isinstance(self.sampling, SamplingParams)
+        _require(is_sampling, f"sampling is {self.sampling!r}, but must be SamplingParams")
         _require(
             self.voice != "", "voice is empty: 0 characters", hint="without one, the checkpoint's first voice speaks"
         )
@@ -166,6 +200,7 @@ class MediaParams:
     video_sound: bool = True
 
     def __post_init__(self) -> None:
+        _require_kinds(self)
         _require(
             math.isfinite(self.fps) and self.fps >= MIN_FPS,
             f"fps is {self.fps}, but must be at least {MIN_FPS} frames/s (a frame every {1 / MIN_FPS:.0f} s)",
@@ -221,6 +256,7 @@ class Limits:
     kv: KVPrecision = "16bit"
 
     def __post_init__(self) -> None:
+        _require_kinds(self)
         for name in ("prefill_chunk_tokens", "vision_chunk_patches", "audio_chunk_windows", "max_media_bytes"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.max_prompt_tokens is not None:
@@ -232,3 +268,7 @@ class Limits:
             0 < self.network_timeout_s <= MAX_TIMEOUT_S,
             f"network_timeout_s is {self.network_timeout_s} s, but must be above 0 and at most {MAX_TIMEOUT_S} s",
         )
+
+
+GROUPS: dict[str, type] = {"sampling": SamplingParams, "speech": SpeechParams, "media": MediaParams, "limits": Limits}
+"""By the name under which a caller passes them."""

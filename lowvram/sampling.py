@@ -10,16 +10,25 @@ The order and the meaning of each filter are those of the modelling library's `g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from .errors import CheckpointError
 from .options import SamplingParams
 
 COLDEST = torch.finfo(torch.float32).tiny
 """Below it a temperature would be 0 in float32, above its inverse infinite; the draw is the same already at these."""
 
+NOT_AN_ID = -1
+"""What a device chooses from logits that are not finite: the host is told with the id, and waits for nothing more."""
+
+SUSPECTS: Mapping[str, str] = {
+    "thinker": "thinker.model or thinker.lm_head, or where there are media thinker.audio_tower or thinker.visual",
+    "talker": "talker or, since it says what that wrote, thinker",
+}
+"""Beginnings of the names of tensors that may have made a stage's logits what they are."""
 
 Choice = Callable[[Tensor], int]
 """What turns logits [V] into the next id: a `Sampler`, or a `Recitation`."""
@@ -39,7 +48,8 @@ class Sampler:
     """Draws one token id at a time and remembers which ids the repetition penalty has seen.
 
     `suppressed` ids are never drawn. The random stream belongs to this object: a seed gives the same draws on the
-    same device whatever else the process does.
+    same device whatever else the process does. `stage` is whose logits they are, for the error of those that are not
+    finite.
     """
 
     def __init__(
@@ -51,8 +61,10 @@ class Sampler:
         seed: int,
         suppressed: Iterable[int] = (),
         seen: Tensor | None = None,
+        stage: str = "thinker",
     ) -> None:
         self._params = params
+        self._stage = stage
         self._generator = torch.Generator(device).manual_seed(seed)
         self._suppressed = torch.tensor(list(suppressed), dtype=torch.long, device=device)
         self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
@@ -63,7 +75,10 @@ class Sampler:
         self._noise_is_fresh = False
 
     def __call__(self, logits: Tensor) -> int:
-        """Draw the next id from logits [V] of any float dtype. A draw that fails is as if it had not been tried."""
+        """Draw the next id from logits [V] of any float dtype. A draw that fails is as if it had not been tried.
+
+        Raises CheckpointError for logits that are not finite.
+        """
         self.prepare()
         return self.settle(self.choose(logits))
 
@@ -79,15 +94,15 @@ class Sampler:
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next id, [1] int64 where the logits [V] are: nothing is waited for and nothing remembered."""
-        if self._params.greedy:
-            return self._filtered(logits.float()).argmax(0, keepdim=True)
-        assert self._noise is not None, "a draw is prepared first"
-        # As torch.multinomial does with the same numbers, but for its checks, which launch more than the draw does.
-        return (self.distribution(logits) / self._noise).argmax(0, keepdim=True)
+        best, token = self._ranked(logits).max(0, keepdim=True)
+        # A NaN among logits is their maximum, whatever the others are; and NaN or infinity times 0 is not 0.
+        return token.masked_fill_(best.mul(0) != 0, NOT_AN_ID)
 
     def settle(self, token: Tensor) -> int:
-        """Read what was chosen, and remember it."""
+        """Read what was chosen, and remember it. Raises CheckpointError where it was chosen from what is not finite."""
         token_id = int(token)
+        if token_id == NOT_AN_ID:
+            raise _not_finite(self._stage)
         self._seen.index_fill_(0, token, True)
         self._noise_is_fresh = False
         return token_id
@@ -98,6 +113,14 @@ class Sampler:
         if self._params.greedy:
             return torch.zeros_like(scores).index_fill_(0, scores.argmax(), 1.0)
         return self._warped(scores).softmax(-1)
+
+    def _ranked(self, logits: Tensor) -> Tensor:
+        """Scores [V] float32, the highest of which is what is drawn."""
+        if self._params.greedy:
+            return self._filtered(logits.float())
+        assert self._noise is not None, "a draw is prepared first"
+        # As torch.multinomial does with the same numbers, but for its checks, which launch more than the draw does.
+        return self.distribution(logits) / self._noise
 
     def _filtered(self, scores: Tensor) -> Tensor:
         penalty = self._params.repetition_penalty
@@ -120,3 +143,12 @@ class Sampler:
             tail[-1].fill_(False)  # the likeliest id always stays
             scores = scores.masked_fill(tail.scatter(0, order, tail), -torch.inf)
         return scores
+
+
+def _not_finite(stage: str) -> CheckpointError:
+    return CheckpointError(
+        f"the {stage} cannot choose a token: the highest of its logits is NaN or infinite",
+        tensor=f"{stage}.",
+        hint=f"1 or more weights of {SUSPECTS[stage]} are damaged: download the model again;"
+        " or its numbers are beyond float16: try --dtype bfloat16 or float32",
+    )

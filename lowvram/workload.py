@@ -36,6 +36,7 @@ from .preprocess.messages import MediaPart, Message, TextPart, read_messages
 from .preprocess.plain_tokenizer import TOKENIZER_FILE, PlainTokenizer
 from .token2wav.ode import solver_stages, time_grid
 from .token2wav.windows import BLOCK_CODES, LOOK_AHEAD_BLOCKS, chunk_codes, first_sound_codes
+from .voice_sizes import longest_voice_frames
 
 SHORT_QUESTION = {"role": "user", "content": "?"}
 
@@ -129,7 +130,8 @@ def count_turn(
         speech,
         limits.kv,
     )
-    return Workload(turn, shapes, text_tokens, is_estimate)
+    voice_frames = max(turn.voice_frames, longest_voice_frames(headers.folder))
+    return Workload(replace(turn, voice_frames=voice_frames), shapes, text_tokens, is_estimate)
 
 
 def turn_of(

@@ -75,6 +75,12 @@ def test_a_file_is_not_a_model(tmp_path):
         open_checkpoint(shard)
 
 
+@pytest.mark.parametrize("model", ["", " ", None, 3, b"demo"])
+def test_what_is_no_name_of_a_model_is_refused(model):
+    with pytest.raises(OptionError, match="is no name"):
+        open_checkpoint(model)
+
+
 def test_config_and_generation_come_as_published(tmp_path):
     write_omni(tmp_path, odd_key=[1, None])
     assert open_checkpoint(tmp_path).generation == {}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import typer
 from media_files import numbered_frame, sine, write_sound, write_video
 from PIL import Image
 from sound_card import SoundCard
@@ -379,6 +381,7 @@ def test_a_plan_is_the_one_that_running_here_would_follow(demo: Path):
     )
     assert planned["fits"] and planned["peak_bytes"] <= 64 * 2**20 == planned["budget_bytes"]
     assert Plan.from_json(planned) == Plan.from_json(here)
+    assert (planned["model"], planned["origin"]) == (here["model"], here["origin"])
 
 
 def test_a_plan_is_for_the_turn_that_was_asked_for(demo: Path):
@@ -424,6 +427,15 @@ def test_a_turn_that_does_not_fit_ends_a_plan_with_4_and_says_what_would_do():
     assert (done.exit_code, told["fits"], told["short_of"], told["budget_bytes"]) == (4, False, "vram", 2**30)
     enough = lowvram("plan", "--vram", str(told["smallest_budget_bytes"]), "--video-seconds", "60")
     assert enough.exit_code == 0 and "smallest budget" in done.stderr
+
+
+def test_a_turn_that_does_not_fit_is_told_alike_by_a_plan_and_by_what_would_run_it(demo: Path):
+    asked = ("-p", "hello", "--model", demo, "--vram", "100KiB", *FOR_A_CPU)
+    planned, here = (lowvram(*command, *asked) for command in (["plan"], ["run", "--plan"]))
+    told = json.loads(here.stdout)
+    assert (planned.exit_code, here.exit_code) == (4, 4)
+    assert told == json.loads(planned.stdout) and told["reason"] in here.stderr
+    assert (told["fits"], told["model"]) == (False, str(demo))
 
 
 def test_a_host_that_is_too_small_is_told_from_a_card_that_is():
@@ -549,6 +561,9 @@ BAD_INPUT = {
     "start at infinity": (("video.bin", "--start", "inf"), 2, "--start is inf s"),
     "end at infinity": (("video.bin", "--end", "inf"), 2, "end is inf s"),
     "end that is no number": (("video.bin", "--end", "nan"), 2, "end is nan s"),
+    "a name that is too long": (("a" * 300 + ".mp4",), 5, "File name too long (check the path"),
+    "a cut of a picture": (("picture.bin", "--start", "1"), 2, "--start has no effect without a video or a sound"),
+    "frames of a sound": (("sound.bin", "--fps", "1"), 2, "--fps has no effect without a video"),
     "almost no frames": (("video.bin", "--fps", "1e-9"), 2, "0.01 frames/s"),
     "one frame": (("video.bin", "--max-frames", "1"), 2, "--max-frames is 1, but frames come in pairs"),
     "no codes": (("-p", "x", "--max-codes", "0"), 2, "--max-codes is 0"),
@@ -573,6 +588,20 @@ def test_bad_input_ends_with_its_exit_code_and_one_sentence(
     assert says in done.stderr and "Traceback" not in done.stderr
     if says != "--max-tokens":
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "plan", "profile", "quantize"])
+def test_help_names_every_flag_whole_in_a_narrow_terminal(command: str):
+    told = subprocess.run(
+        [sys.executable, "-m", "lowvram", command, "--help"],
+        env=environment(COLUMNS="40"),
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    ).stdout
+    flags = {max(param.opts, key=len) for param in typer.main.get_command(app).commands[command].params}
+    assert {flag for flag in flags if flag.startswith("--")} <= set(re.findall(r"--[a-z-]+", told))
+    assert max(map(len, told.splitlines())) <= 50
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])

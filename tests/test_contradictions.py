@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.contradictions import ABOUT_SPEECH, CONTRADICTIONS, PREREQUISITES, named_as_typed, refuse
+from lowvram.contradictions import ABOUT_SPEECH, CONTRADICTIONS, PREREQUISITES, named_as_typed, refuse, refuse_for_media
 from lowvram.errors import OptionError
 from lowvram.flags import Draw, Machine, Memory, Model, Question, Sight, Sound, StandIns, Target, Voice
 
@@ -99,3 +99,38 @@ def test_a_complaint_begins_with_the_flag_where_it_began_with_the_field():
     with pytest.raises(OptionError, match=r"^--chunk-seconds is 0\.0 s") as refused, named_as_typed():
         Sound(chunk_seconds=0.0).params()
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "kinds", "needed"),
+    [
+        ("--start", ["image"], "a video or a sound"),
+        ("--end", ["image", "image"], "a video or a sound"),
+        ("--fps", ["image"], "a video"),
+        ("--max-frames", ["audio"], "a video"),
+        ("--no-video-sound", ["audio", "image"], "a video"),
+        ("--max-pixels", ["audio"], "a video or a picture"),
+    ],
+)
+def test_an_option_about_other_kinds_of_media_is_refused(option: str, kinds: list[str], needed: str):
+    with pytest.raises(OptionError, match=rf"^{option} has no effect without {needed} \(leave {option} out\)$"):
+        refuse_for_media({option: 1.0}, kinds)
+
+
+@pytest.mark.parametrize(
+    ("typed", "kinds"),
+    [
+        ({"--start": 0.0, "--fps": 1.0}, ["image", "video"]),
+        ({"--end": 9.0}, ["audio"]),
+        ({"--max-pixels": 10_000}, ["image"]),
+        ({"--fps": 1.0, "--video-seconds": 60.0}, []),
+        ({"--max-pixels": 10_000, "--images": 2}, ["audio"]),
+    ],
+)
+def test_an_option_about_one_of_several_media_passes(typed: dict[str, object], kinds: list[str]):
+    refuse_for_media(typed, kinds)
+
+
+def test_a_stand_in_is_not_cut():
+    with pytest.raises(OptionError, match="--start has no effect"):
+        refuse_for_media({"--start": 5.0, "--video-seconds": 60.0}, ["image"])

@@ -94,3 +94,9 @@ def test_a_text_to_speak_is_its_words_or_all_of_stdin(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(OptionError, match="no stdin"):
         text_to_speak("-")
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_neither_media_nor_words_is_nothing_to_answer(prompt: str):
+    with ExitStack() as stack, pytest.raises(OptionError, match="nothing to answer"):
+        read_arguments([], prompt, None, Limits(), stack)

@@ -54,6 +54,8 @@ def test_the_smallest_budget_that_people_are_told_works_and_less_does_not():
 def test_a_refusal_tells_what_is_short_and_the_least_of_it(budget: Budget, short_of: str):
     with pytest.raises(InfeasibleBudgetError) as refused:
         forecast(HEADERS, WORK, budget, Limits())
-    record = refusal_record(HEADERS, refused.value)
+    record = refusal_record(refused.value)
     assert (record["fits"], record["short_of"]) == (False, short_of)
     assert record["smallest_budget_bytes"] > record["budget_bytes"]
+    assert " at the least" in record["reason"] and record["reason"] in str(refused.value)
+    assert record["hints"][0].startswith("the smallest ") and "; ".join(record["hints"]) == refused.value.hint

@@ -39,16 +39,16 @@ def test_a_text_token_is_waited_for_and_so_is_its_row(counted: Mapping[str, Any]
 
 
 def test_one_by_one_a_layer_starts_at_most_41_operators(counted: Mapping[str, Any]):
-    """24 and 28 layers, and beside them rows, rotary tables, the head, and the draw: 25 filters, 2 without any."""
-    assert counted["code, one by one"].launches <= 24 * 41 + 45
-    assert counted["text token, one by one"].launches <= 28 * 41 + 25
+    """24 and 28 layers, and beside them rows, rotary tables, the head, and the draw: 28 filters, 5 without any."""
+    assert counted["code, one by one"].launches <= 24 * 41 + 48
+    assert counted["text token, one by one"].launches <= 28 * 41 + 28
 
 
 def test_captured_the_host_starts_a_graph_and_little_else(counted: Mapping[str, Any]):
     """Row, place, random numbers and where they are read; the graph; what was seen. For text: row, place, graph, the
-    head, its logits in float32, the likeliest, what was seen."""
+    head, its logits in float32, the likeliest and whether it is finite (3), what was seen."""
     assert counted["code, captured"].launches == 6
-    assert counted["text token, captured"].launches == 7
+    assert counted["text token, captured"].launches == 10
 
 
 def test_what_is_captured_is_the_same_work_and_at_most_9_operators_a_layer_for_the_tail(counted: Mapping[str, Any]):

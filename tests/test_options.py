@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lowvram.errors import OptionError
@@ -29,6 +30,16 @@ REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
     (SamplingParams, {"repetition_penalty": math.inf}, "repetition_penalty is inf, but must be a positive number"),
     (SamplingParams, {"seed": -1}, f"seed is -1, {SEEDS}"),
     (SamplingParams, {"seed": 2**64}, f"seed is 18446744073709551616, {SEEDS}"),
+    (SamplingParams, {"max_tokens": "6"}, "max_tokens is '6', but must be a whole number"),
+    (SamplingParams, {"max_tokens": 6.0}, "max_tokens is 6.0, but must be a whole number"),
+    (SamplingParams, {"max_tokens": True}, "max_tokens is True, but must be a whole number"),
+    (SamplingParams, {"temperature": None}, "temperature is None, but must be a number"),
+    (SamplingParams, {"seed": "x"}, "seed is 'x', but must be a whole number"),
+    (SpeechParams, {"sampling": {"max_tokens": 3}}, "sampling is {'max_tokens': 3}, but must be SamplingParams"),
+    (SpeechParams, {"voice": 3}, "voice is 3, but must be a word"),
+    (MediaParams, {"start_s": "1:30"}, "start_s is '1:30', but must be a number"),
+    (MediaParams, {"video_sound": 1}, "video_sound is 1, but must be True or False"),
+    (Limits, {"max_prompt_tokens": 1.5}, "max_prompt_tokens is 1.5, but must be a whole number"),
     (SpeechParams, {"steps": 1}, "steps is 1, but the ODE grid needs 2 to 1000 time points"),
     (SpeechParams, {"steps": 1001}, "steps is 1001, but the ODE grid needs 2 to 1000 time points"),
     (SpeechParams, {"guidance": -1.0}, "guidance is -1.0, but must be 0 (off) to 100"),
@@ -88,3 +99,7 @@ def test_the_way_out_of_a_refusal_leads_out():
 @pytest.mark.parametrize("seed", [None, 0, 2**64 - 1])
 def test_every_state_of_a_generator_is_a_seed(seed: int | None):
     assert SamplingParams(seed=seed).seed == SpeechParams(seed=seed).seed == seed
+
+
+def test_a_number_of_numpy_is_a_number():
+    assert SamplingParams(max_tokens=np.int64(6), temperature=np.float32(0.5), top_p=1).max_tokens == 6

@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lowvram.errors import CheckpointError
 from lowvram.options import TALKER_SAMPLING, SamplingParams
 from lowvram.sampling import Recitation, Sampler
 
@@ -108,7 +109,7 @@ def test_half_precision_logits_are_filtered_in_float32(dtype: torch.dtype):
 def test_a_draw_that_fails_is_as_if_it_had_not_been_tried(monkeypatch: pytest.MonkeyPatch):
     params, logits = replace(TALKER_SAMPLING, temperature=1.0), torch.randn(50)
     undisturbed, disturbed = sampler(params), sampler(params)
-    for name in ("exponential_", "softmax", "argmax"):
+    for name in ("exponential_", "softmax", "masked_fill_"):
 
         def runs_out(*args: object, **options: object) -> torch.Tensor:
             raise torch.OutOfMemoryError("no room")
@@ -150,3 +151,40 @@ def test_choosing_changes_nothing_until_it_is_settled():
 def test_a_recitation_says_its_ids_whatever_is_likely():
     recite = Recitation([3, 1, 2])
     assert [recite(torch.eye(5)[4]) for _ in range(3)] == [3, 1, 2]
+
+
+DRAWS = {"greedy": SamplingParams(repetition_penalty=1.1), "drawn": TALKER_SAMPLING}
+
+
+@pytest.mark.parametrize("params", DRAWS.values(), ids=DRAWS)
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_one_logit_that_is_nan_or_infinite_ends_the_drawing(params: SamplingParams, odd: float, dtype: torch.dtype):
+    logits = torch.randn(50, dtype=dtype).index_fill_(0, torch.tensor([31]), odd)
+    with pytest.raises(CheckpointError, match="thinker cannot choose a token") as refused:
+        sampler(params, suppressed=[3])(logits)
+    assert refused.value.tensor == "thinker." and "--dtype" in refused.value.hint
+
+
+@pytest.mark.parametrize("params", DRAWS.values(), ids=DRAWS)
+def test_logits_of_minus_infinity_are_never_drawn_and_end_nothing(params: SamplingParams):
+    logits = torch.full((50,), -torch.inf).index_fill_(0, torch.tensor([8]), -3.0)
+    assert sampler(params)(logits) == 8
+
+
+def test_the_talkers_logits_are_called_its_own():
+    with pytest.raises(CheckpointError, match="the talker cannot"):
+        sampler(TALKER_SAMPLING, stage="talker")(torch.full((50,), torch.nan))
+
+
+def test_after_logits_that_were_not_finite_the_draws_go_on_as_if_there_had_been_none():
+    undisturbed, disturbed, logits = sampler(TALKER_SAMPLING), sampler(TALKER_SAMPLING), torch.randn(50)
+    with pytest.raises(CheckpointError):
+        disturbed(torch.full((50,), torch.nan))
+    assert [disturbed(logits) for _ in range(5)] == [undisturbed(logits) for _ in range(5)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([-1.0, 0.0, 2.0, 2.5]), min_size=1, max_size=50))
+def test_of_equal_logits_the_first_is_taken(values: list[float]):
+    assert sampler(SamplingParams(), vocab_size=len(values))(torch.tensor(values)) == values.index(max(values))

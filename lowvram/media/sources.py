@@ -367,4 +367,6 @@ def _way_out(cause: object) -> str:
             return "try again, or raise network_timeout_s"
         case ssl.SSLCertVerificationError():
             return "if the server's authority is your own, name its certificate in SSL_CERT_FILE"
+        case OSError(errno=errno.ENAMETOOLONG) | ValueError():
+            return "check the path or the address"
     return "check the address, the connection and the space for temporary files"
