@@ -6,9 +6,10 @@
 The first form answers once about a clip and measures: on CUDA the device's allocator is asked; on a CPU live tensors
 are tracked, which is slow and counts the host's share, too. The second needs neither weights nor a GPU: for clips of
 each length and each budget the real code runs on tensors without data, at the published model's full size. That takes
-about half a minute a row; `-o` is written after each, and `--resume` goes on where that file ends. With `--weights` (a
-folder or hub id) and a CUDA card it measures the same turns, too, on made-up clips. Planned, traced and measured never
-share a column, and no column includes the plan's reserve.
+about half a minute a row; `-o` is written after each, and `--resume` goes on where that file ends. What torch's
+allocator would reserve for those tensors is simulated, and how often it would have to give back what is free to stay
+within the budget. With `--weights` (a folder or hub id) and a CUDA card it measures the same turns, too, on made-up
+clips. Planned, traced, simulated and measured never share a column, and no column includes the plan's reserve.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from lowvram.offload.footprint import read_footprint
 from lowvram.offload.meter import LiveBytes
 from lowvram.offload.plan import Turn as Workload
 from lowvram.offload.plan import plan_memory
-from lowvram.offload.profile import DEVICE_ALLOCATOR, PLANNED, TRACED
+from lowvram.offload.profile import DEVICE_ALLOCATOR, KINDS, PLANNED, SIMULATED_ALLOCATOR, TRACED
 from lowvram.options import TALKER_SAMPLING, KVPrecision, Limits
 from lowvram.planning import find_headers
 from lowvram.profile_command import Asked, measure_answer, open_counter
 from lowvram.profile_file import MEANINGS, ProfileFile
-from lowvram.trace import trace_turn, traceable_model
+from lowvram.trace import allocator_of, trace_turn, traceable_model
 from lowvram.workload import StandIn, count_turn
 
 CLIP = Path(__file__).parent.parent / "examples" / "clip.mp4"
@@ -124,6 +125,7 @@ class Tracer:
         self,
         name: str,
         speech: SpeechParams | None,
+        sampling: SamplingParams | None = None,
         *,
         largest: int = 0,
         timeline: bool = False,
@@ -131,6 +133,7 @@ class Tracer:
     ) -> None:
         self._name = name
         self._speech = speech
+        self._sampling = sampling or SamplingParams(seed=0)
         self._largest = largest
         self._timeline = timeline
         self._weights = weights
@@ -141,7 +144,8 @@ class Tracer:
     def row(self, cell: Cell) -> dict[str, Any]:
         """The peaks by phase of a clip in a budget, or why no plan fits."""
         limits, clip = Limits(kv=cell.kv), StandIn("video", cell.seconds, FRAME)
-        turn = count_turn(self._headers, [], [clip], limits=limits, speech=self._speech).turn
+        options: dict[str, Any] = {"limits": limits, "sampling": self._sampling, "speech": self._speech}
+        turn = count_turn(self._headers, [], [clip], **options).turn
         published = PUBLISHED_GIB.get(self._name, {}).get(int(cell.seconds))
         about = asdict(cell) | {"prompt_tokens": turn.prompt_tokens, "published_gib": published}
         try:
@@ -151,11 +155,13 @@ class Tracer:
 
     def _peaks(self, turn: Workload, cell: Cell, limits: Limits) -> dict[str, Any]:
         plan = plan_memory(self._footprint, Budget.of(cell.budget), limits, turn)
-        ledger = LiveBytes("meta", explain=self._largest > 0)
+        allocator = allocator_of(plan)
+        ledger = LiveBytes("meta", explain=self._largest > 0, allocator=allocator)
         profile = trace_turn(self._model, plan, turn, self._speech, ledger=ledger)
         if self._weights:
             profile = profile.add(DEVICE_ALLOCATOR, self._measured(cell, limits))
         row: dict[str, Any] = {"reserve_bytes": plan.reserve_bytes, "peak_bytes": profile.to_json()}
+        row["allocator"] = {"retries": allocator.retries, "short_bytes": allocator.short_bytes}
         if self._timeline:
             row["timeline"] = [asdict(moment) for moment in profile.timeline]
         if self._largest:
@@ -171,7 +177,7 @@ class Tracer:
             clip = Path(folder) / "clip.mp4"
             write_clip(clip, cell.seconds)
             messages = [{"role": "user", "content": [{"type": "video", "video": str(clip)}]}]
-            *_, finished = omni.generate(messages, sampling=SamplingParams(seed=0), speech=self._speech)
+            *_, finished = omni.generate(messages, sampling=self._sampling, speech=self._speech)
             assert isinstance(finished, Finished)
         peaks: Any = finished.memory["peak_bytes"]
         return dict(peaks)
@@ -192,8 +198,9 @@ def row_lines(row: dict[str, Any]) -> Iterator[str]:
         yield f"{head}  refused: {row['refused']}"
         return
     columns = row["peak_bytes"]
+    kinds = [kind for kind in KINDS if kind in columns]
     for phase, planned_bytes in columns[PLANNED].items():
-        cells = "  ".join(format_bytes(column[phase]).rjust(10) for column in columns.values())
+        cells = "  ".join(format_bytes(columns[kind][phase]).rjust(max(10, len(kind))) for kind in kinds)
         yield f"{head}  {phase:24}{cells}  {planned_bytes / columns[TRACED][phase]:6.3f}"
         yield from (f"{'':25}{line}" for line in row.get("largest", {}).get(phase, ()))
 
@@ -219,8 +226,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="demo", help="hub id, folder or demo (default: %(default)s)")
     parser.add_argument("--vram", help="budget, such as 8GiB (default: what is free)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--max-codes", type=int, default=100)
+    parser.add_argument("--max-tokens", type=int, help="of text (default: 32 measured, 1024 traced)")
+    parser.add_argument("--max-codes", type=int, help="of speech (default: 100 measured, 4096 traced)")
     parser.add_argument("--trace", choices=MODELS, help="measure nothing: trace this model at its full size")
     parser.add_argument("--seconds", type=float, nargs="+", default=SECONDS, help="of traced clips")
     parser.add_argument("--budgets", nargs="+", default=BUDGETS, help="for traced clips")
@@ -237,29 +244,43 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(chosen: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    names = ("model", "vram", "device", "max_tokens", "max_codes")
-    recorded = measure(chosen.clip, **{name: getattr(chosen, name) for name in names})
+    recorded = measure(
+        chosen.clip,
+        model=chosen.model,
+        vram=chosen.vram,
+        device=chosen.device,
+        max_tokens=chosen.max_tokens or 32,
+        max_codes=chosen.max_codes or 100,
+    )
     recorded = replace(recorded, card=with_commit(recorded.card))
     lines = [*card_lines(recorded.card), "", str(recorded.profile), f"{recorded.counted}: {MEANINGS[recorded.counted]}"]
     return recorded.to_json(), lines
 
 
 def _trace(chosen: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    speech = None if chosen.no_speech else SpeechParams(steps=chosen.steps)
+    sampling = SamplingParams(seed=0, max_tokens=chosen.max_tokens or SamplingParams().max_tokens)
+    drawn = replace(TALKER_SAMPLING, max_tokens=chosen.max_codes or TALKER_SAMPLING.max_tokens)
+    speech = None if chosen.no_speech else SpeechParams(steps=chosen.steps, sampling=drawn)
     device = open_device("cuda").title if chosen.weights else "none: traced on tensors without data"
-    card = make_card(device, model=MODELS[chosen.trace], speech=speech is not None)
-    tracer = Tracer(chosen.trace, speech, largest=chosen.largest, timeline=chosen.timeline, weights=chosen.weights)
+    card = make_card(device, model=MODELS[chosen.trace], speech=speech is not None, **_most(chosen))
+    shown = {"largest": chosen.largest, "timeline": chosen.timeline, "weights": chosen.weights}
+    tracer = Tracer(chosen.trace, speech, sampling, **shown)
     rows = _kept_rows(chosen.output, card) if chosen.resume else []
     for cell in (Cell(*each) for each in product(chosen.seconds, chosen.budgets, chosen.kv)):
         if not any(map(cell.is_in, rows)):
             rows.append(tracer.row(cell))
             if chosen.output:
                 write_result(chosen.output, {"card": card, "rows": rows})
-    kinds = (PLANNED, TRACED, *([DEVICE_ALLOCATOR] if chosen.weights else []))
-    columns = "  ".join(f"{kind:>10}" for kind in kinds)
+    kinds = (PLANNED, TRACED, SIMULATED_ALLOCATOR, *([DEVICE_ALLOCATOR] if chosen.weights else []))
+    columns = "  ".join(kind.rjust(10) for kind in kinds)
     head = f"{'clip':>7}  {'budget':>6}  {'kv':>5}  {'phase':24}{columns}  planned/traced"
     lines = [line for row in rows for line in row_lines(row)]
     return {"card": card, "rows": rows}, [*card_lines(card), "", head, *lines, *_published_lines(chosen)]
+
+
+def _most(chosen: argparse.Namespace) -> dict[str, int]:
+    """The longest answer, where it is not the usual one."""
+    return {name: most for name in ("max_tokens", "max_codes") if (most := getattr(chosen, name))}
 
 
 def _kept_rows(path: Path | None, card: Mapping[str, Any]) -> list[dict[str, Any]]:

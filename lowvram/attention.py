@@ -123,11 +123,12 @@ def _merge(out: Tensor, lse: Tensor, seen: Tensor, lse_seen: Tensor) -> Tensor:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None) -> Tensor:
-    """Attention with as many key heads as query heads, by the kernel that torch chooses.
+    """Attention with as many key heads as query heads, by the device's memory-bounded kernel.
 
-    On `meta` torch would spell it out with all scores, which no trace of memory should count.
+    Torch's own choice could fall on the one that spells out all scores: it does on `meta`, where no trace of memory
+    should count them, and on CUDA where an application has switched the others off.
     """
-    if q.device.type == "meta":
+    if q.device.type in ("cuda", "meta"):
         return _with_lse(q, k, v, causal=causal, scale=scale)[0]
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from threading import Lock
+from typing import Any
 
 import torch
 
@@ -12,11 +15,14 @@ from .errors import BackendError, OptionError
 from .offload.budget import MIB, format_bytes
 
 CONTEXT_BYTES = 350 * MIB
-"""A CUDA context with its loaded kernels, on an Ampere card: already taken when free memory is asked for, and part of
-a plan's reserve."""
+"""A CUDA context with its loaded kernels, on an Ampere card: mostly taken when free memory is asked for, and part of a
+plan's reserve."""
 
 HEADROOM_BYTES = 256 * MIB
 CPU_HEADROOM_BYTES = 1024 * MIB
+
+BFLOAT16_CAPABILITY = (8, 0)
+"""Compute capability of Ampere. On cards before it torch has no memory-bounded attention in bfloat16."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -67,9 +73,7 @@ class MemoryCap:
 
     def __init__(self, device: torch.device, held_bytes: int) -> None:
         self._device = device
-        if device.type == "cuda":
-            self._others_bytes = max(0, torch.cuda.memory_reserved(device) - held_bytes)
-            self._total_bytes = torch.cuda.get_device_properties(device).total_memory
+        self._others_bytes = max(0, _taken_bytes(device) - held_bytes) if device.type == "cuda" else 0
 
     @contextmanager
     def at(self, budget_bytes: int) -> Iterator[None]:
@@ -77,31 +81,141 @@ class MemoryCap:
         if self._device.type != "cuda":
             yield
             return
-        before = torch.cuda.get_per_process_memory_fraction(self._device)
-        ours = (self._others_bytes + max(0, budget_bytes - CONTEXT_BYTES)) / self._total_bytes
-        torch.cuda.set_per_process_memory_fraction(min(before, ours), self._device)
+        fraction, share = _fraction_of(self._device), _Share(self._others_bytes, max(0, budget_bytes - CONTEXT_BYTES))
+        fraction.lend(share)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(before, self._device)
+            fraction.take_back(share)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one cap allows its runtime, beside what others hold."""
+
+    others_bytes: int
+    own_bytes: int
+
+
+class _Fraction:
+    """A card's memory fraction, of which torch keeps one for the whole process: runtimes that compute at once share it,
+    and after the last of them it is what the application had set before the first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._total_bytes = torch.cuda.get_device_properties(device).total_memory
+        self._lock = Lock()
+        self._shares: list[_Share] = []
+        self._before = 1.0
+
+    def lend(self, share: _Share) -> None:
+        with self._lock:
+            if not self._shares:
+                self._before = torch.cuda.get_per_process_memory_fraction(self._device)
+            self._shares.append(share)
+            self._set()
+
+    def take_back(self, share: _Share) -> None:
+        with self._lock:
+            self._shares.remove(share)
+            self._set()
+
+    def _set(self) -> None:
+        fraction = self._before
+        if self._shares:
+            # What one of them counts as others' may be another one's own: the largest count covers all.
+            others_bytes = max(share.others_bytes for share in self._shares)
+            own_bytes = sum(share.own_bytes for share in self._shares)
+            fraction = min(fraction, (others_bytes + own_bytes) / self._total_bytes)
+        torch.cuda.set_per_process_memory_fraction(fraction, self._device)
+
+
+@cache
+def _fraction_of(device: torch.device) -> _Fraction:
+    return _Fraction(device)
+
+
+def _taken_bytes(device: torch.device) -> int:
+    """Of what torch has from the driver, that which it could not give back: tensors, and the gaps between them. The
+    rest of what is reserved is free for whoever asks next."""
+    stats = torch.cuda.memory_stats(device)
+    return stats.get("active_bytes.all.current", 0) + stats.get("inactive_split_bytes.all.current", 0)
+
+
+@contextmanager
+def exact_convolutions(device: torch.device) -> Iterator[None]:
+    """Inside, convolutions of float32 are computed in float32 on CUDA, too.
+
+    By torch's default cuDNN rounds their factors to TF32 (11 bits) on Ampere cards and later, which costs a vocoder as
+    much as half precision would: 46 to 56 dB are left. The switch is the process's, and is as it was when all of those
+    that are inside at once have left.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    _convolutions.enter()
+    try:
+        yield
+    finally:
+        _convolutions.leave()
+
+
+class _Convolutions:
+    """The precision of convolutions on CUDA, of which torch keeps one for the whole process."""
+
+    _cudnn: Any = torch.backends.cudnn  # whose types do not say all that it has
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._before = ""
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = self._cudnn.conv.fp32_precision
+                self._cudnn.conv.fp32_precision = "ieee"
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._cudnn.conv.fp32_precision = self._before
+
+
+_convolutions = _Convolutions()
 
 
 def choose_dtype(name: str, device: torch.device, stored: str | None) -> torch.dtype:
     """The compute dtype: by name, or for `auto` the checkpoint's own where the device is good at it.
 
     float16 on a CPU is emulated and slow, so bfloat16 stands in there; bfloat16 needs an Ampere card (compute
-    capability 8.0) and becomes float16 on older ones.
+    capability 8.0), becomes float16 on older ones and is refused by name: raises OptionError, as for unknown names.
     """
     if name != "auto":
         if name not in DTYPES:
             raise OptionError(f"dtype {name!r} is unknown", hint=f"auto, {', '.join(DTYPES)}")
+        _require_bfloat16(device, DTYPES[name])
         return DTYPES[name]
     dtype = DTYPES.get(stored or "", torch.bfloat16)
     if device.type == "cpu" and dtype is torch.float16:
         return torch.bfloat16
-    if device.type == "cuda" and dtype is torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+    if dtype is torch.bfloat16 and _is_before_ampere(device):
         return torch.float16
     return dtype
+
+
+def _require_bfloat16(device: torch.device, dtype: torch.dtype) -> None:
+    if dtype is torch.bfloat16 and _is_before_ampere(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise OptionError(
+            f"{device} has compute capability {major}.{minor}, but bfloat16 needs 8.0", hint="--dtype float16"
+        )
+
+
+def _is_before_ampere(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < BFLOAT16_CAPABILITY
 
 
 def _cpu() -> Device:
@@ -121,22 +235,28 @@ def _cuda(device: torch.device) -> Device:
             f"device {device} is not available: {reason}", backend="cuda", reason=reason, hint="--device cpu"
         )
     count = torch.cuda.device_count()
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= count:
+    if device.index is not None and device.index >= count:
         raise BackendError(
-            f"device cuda:{index} is not available: this machine has {count}", backend="cuda", hint="--device cuda:0"
+            f"device {device} is not available: this machine has {count}", backend="cuda", hint="--device cuda:0"
         )
-    opened = torch.device("cuda", index)
     try:
-        torch.zeros(1, device=opened).add_(1).item()  # a card too old or too new for this torch is listed, but cannot
-        free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+        opened = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        _compute(opened)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(opened)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise BackendError(
-            f"device cuda:{index} is there but does not compute: {reason}",
+            f"device {device} is there but does not compute: {reason}",
             backend="cuda",
             reason=reason,
-            hint="install the build of torch for this card and driver, or --device cpu",
+            hint="close what fills the card, install the build of torch for this card and driver, or --device cpu",
         ) from error
-    title = f"{torch.cuda.get_device_name(index)}, {format_bytes(total_bytes)}"
+    title = f"{torch.cuda.get_device_name(opened)}, {format_bytes(total_bytes)}"
     return Device(opened, title, min(free_bytes + CONTEXT_BYTES, total_bytes))
+
+
+def _compute(device: torch.device) -> None:
+    """A product, read back: a card too old or too new for this build of torch is listed, but cannot. CUDA loads kernels
+    when they are first used, and what cuBLAS takes with its first one should not look free."""
+    ones = torch.ones(16, 16, dtype=torch.float16, device=device)
+    (ones @ ones).sum().item()

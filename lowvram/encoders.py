@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +67,7 @@ def encode_visuals(
     """
     for visual in visuals:
         filled = 0
-        for patches, grid in _runs_of_frames(visual, chunk_patches):
-            features = tower.attempt(partial(_see, patches, grid, tower, device))
+        for features in _see_all(visual, tower, chunk_patches, device):
             embeds[visual.rows[filled : filled + len(features)]] = features
             filled += len(features)
             yield len(features)
@@ -86,29 +85,50 @@ def encode_audios(
 ) -> Iterator[int]:
     """Fill the rows of sounds in `embeds` [T, H], `chunk_windows` windows at a time, yielding rows filled."""
     for audio in audios:
-        filled, heard_frames = 0, 0
-        while heard_frames < audio.mel.shape[1]:
-            mel = audio.mel[:, heard_frames : heard_frames + chunk_windows() * tower.hearing.window_frames]
-            features = tower.attempt(partial(_hear, mel, tower, device))
+        filled = 0
+        for features in _hear_all(audio.mel, tower, chunk_windows, device):
             embeds[audio.rows[filled : filled + len(features)]] = features
-            filled, heard_frames = filled + len(features), heard_frames + mel.shape[1]
+            filled += len(features)
             yield len(features)
         assert filled == len(audio.rows), f"{filled} features for {len(audio.rows)} placeholders"
 
 
-def _runs_of_frames(
-    visual: VisualInput, chunk_patches: Callable[[], int]
-) -> Iterator[tuple[Tensor, tuple[int, int, int]]]:
-    """Temporal patches gathered into runs of at most `chunk_patches` patches, each with its own grid."""
+def _see_all(
+    visual: VisualInput, tower: VisionTower, chunk_patches: Callable[[], int], device: torch.device
+) -> Iterator[Tensor]:
+    """Features of a visual, run by run of its temporal patches; how many make a run is decided at each attempt."""
     _, height, width = visual.grid
-    run: list[Tensor] = []
-    for patch in visual.patches():
-        run.append(patch)
-        if (len(run) + 1) * height * width > chunk_patches():
-            yield torch.cat(run), (len(run), height, width)
-            run = []
-    if run:
-        yield torch.cat(run), (len(run), height, width)
+    coming, waiting = visual.patches(), list[Tensor]()
+
+    def most() -> int:
+        return max(1, chunk_patches() // (height * width))
+
+    def see_run() -> tuple[Tensor, int]:
+        run = waiting[: most()]
+        return _see(torch.cat(run), (len(run), height, width), tower, device), len(run)
+
+    while True:
+        waiting += islice(coming, max(0, most() - len(waiting)))
+        if not waiting:
+            return
+        features, seen = tower.attempt(see_run)
+        del waiting[:seen]
+        yield features
+
+
+def _hear_all(
+    mel: Tensor, tower: AudioTower, chunk_windows: Callable[[], int], device: torch.device
+) -> Iterator[Tensor]:
+    """Features of a sound's mel frames, chunk by chunk; how many make a chunk is decided at each attempt."""
+    heard_frames, n_frames = 0, mel.shape[1]
+
+    def hear_chunk() -> tuple[Tensor, int]:
+        end = min(n_frames, heard_frames + chunk_windows() * tower.hearing.window_frames)
+        return _hear(mel[:, heard_frames:end], tower, device), end
+
+    while heard_frames < n_frames:
+        features, heard_frames = tower.attempt(hear_chunk)
+        yield features
 
 
 def _see(patches: Tensor, grid: tuple[int, int, int], tower: VisionTower, device: torch.device) -> Tensor:

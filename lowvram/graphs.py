@@ -93,8 +93,12 @@ _capturing = Lock()
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The same for every capture: cuBLAS keeps a workspace for each stream that it has worked on."""
-    return torch.cuda.Stream(device)
+    """The same for every capture: cuBLAS keeps a workspace for each stream that it has worked on.
+
+    Torch has 32 streams of a priority and hands them out in turns: one of the usual priority would sooner or later be
+    somebody's stream for copies, too, and what is issued there during a capture breaks it.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def open_recorder(device: torch.device) -> Recorder | None:

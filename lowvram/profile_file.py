@@ -21,6 +21,7 @@ from .offload.profile import (
     DEVICE_ALLOCATOR,
     KINDS,
     PLANNED,
+    SIMULATED_ALLOCATOR,
     TRACED,
     TRACKED_LIVE_TENSORS,
     MemoryProfile,
@@ -37,6 +38,8 @@ PACKAGES = ("torch", "transformers", "av")
 MEANINGS = {
     PLANNED: "Computed from the sizes of weights, caches and activations before anything ran.",
     TRACED: "Counted while the real code ran on tensors without data: nothing was computed, no card was needed.",
+    SIMULATED_ALLOCATOR: "Simulated: what torch's allocator would have reserved of the card for the traced tensors, by"
+    " its rules. It rounds up and keeps segments for later; at the budget it gives back those that are free.",
     DEVICE_ALLOCATOR: "Measured: the peak that torch's allocator on the card reports for tensors.",
     TRACKED_LIVE_TENSORS: "Measured: tensors alive while the answer was computed on a CPU. Tracked live tensors hold"
     " the host's share, too (buffers that weights are read through, pictures, the prompt's rows); the plan counts the"

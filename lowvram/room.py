@@ -2,7 +2,8 @@
 
 Between two steps no block is in use, so that placements may change: another thread named a budget or wants the device
 for a while (`Control`), or the device ran out. A step that ran out is undone and tried again with less held, until
-nothing is left to give up; whatever happened on the way, the answer is the same.
+nothing is left to give up. Stages that have begun together may then find themselves in phases apart: from there on they
+take turns, each with its own weights and KV cache. Whatever happened on the way, the answer is the same.
 """
 
 from __future__ import annotations
@@ -25,10 +26,19 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Replan = Callable[[Budget, frozenset[str], tuple[str, ...]], Plan]
-"""A plan within a budget for what is left of a turn: without the stages that are over, and with those that have begun
-as a first phase of their own."""
+"""A plan within a budget for what is left of a turn: without the stages that are over, and with room for what those
+remember that have begun."""
 
 CPU = torch.device("cpu")
+
+WORDS_OF_LIBRARIES = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this computation",
+)
+"""What is left of an allocation that failed inside cuBLAS or cuDNN: a handle or a workspace that was not to be had.
+Torch tries every convolution that cuDNN has, passes over those without room, and reports that none is left."""
 
 
 class Cancelled(Exception):  # noqa: N818 (an ending, not an error)
@@ -83,7 +93,12 @@ class Control:
 
 
 class Room:
-    """One turn's hold on the device. `plan` is the one in force and `phase` its phase in progress."""
+    """One turn's hold on the device. `plan` is the one in force and `phase` the first of its phases that is not over.
+
+    A step finds the phase of its own stage on the device, whichever that is. It is `phase`, but where another plan cut
+    the pipe while stages waited for each other: then those get what they are at done, each in its phase, and whoever
+    asks for the next step does so in `phase`.
+    """
 
     def __init__(
         self,
@@ -95,10 +110,13 @@ class Room:
         replan: Replan,
     ) -> None:
         self.plan, self.phase = plan, plan.phases[0]
+        self._present = self.phase
+        """The phase whose weights and caches are on the device, or on their way, if `_is_settled`."""
+        self._is_settled = False
         self._begun: tuple[str, ...] = ()
         self._over: set[str] = set()
         self._deciding = threading.RLock()
-        """No stage begins while another thread asks whether what is left can be cut."""
+        """No stage begins while another thread asks in how little the rest would fit."""
         self._residency = residency
         self._here = residency.here()
         self._device = device
@@ -107,42 +125,43 @@ class Room:
         self._replan_for = replan
         self._budget = control.budget
         self._loading: Iterator[tuple[int, int]] = iter(())
-        self._caches: list[KVCache] = []
+        self._caches: dict[str, KVCache] = {}
         self._captures: list[Callable[[], None]] = []
-        self._away = False
         self._is_loading = self._was_away = False
 
     def phases(self) -> Iterator[Phase]:
-        """Go through the plan's phases, or through those of whatever plan replaces it on the way."""
+        """Go through the plan's phases, or through those of whatever plan replaces it on the way, until all stages are
+        over. A phase that has more stages than could begin in it comes again."""
         self._adopt(self.plan)
         while True:
             yield self.phase
             self._let_go()
-            if self._following is None:
-                return
-            with self._deciding:
-                self._over.update(self.phase.stages)
-                self._begun, self.phase = (), self._following
-                self._heed_budget()
+            if self._over.issuperset(self.phase.stages):
+                if self._following is None:
+                    return
+                with self._deciding:
+                    self.phase = self._following
+                    self._heed_budget()
+            self._is_settled = False
             self._residency.make_way(self.phase)  # now, so that nobody counts the last phase's weights as this one's
-            self._enter()
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV caches that this phase holds."""
-        return sum(cache.n_bytes for cache in self._caches)
+        return sum(cache.n_bytes for stage, cache in self._caches.items() if stage in self.phase.stages)
 
     def begin(self, stage: str) -> bool:
-        """Whether a stage may begin now, as one of the phase in force. From then on nothing cuts it from those of the
-        phase that have begun before it and are not over."""
+        """Whether a stage begins now, as one of the phase in force. From then on plans count what it remembers."""
         with self._deciding:
             self._heed_budget()
-            if stage in self.phase.stages:
+            begins = stage in self.phase.stages and stage not in self._begun
+            if begins:
                 self._begun = (*self._begun, stage)
-            return stage in self.phase.stages
+            return begins
 
     def end(self, stage: str) -> None:
-        """A stage is over. Its weights stay for now, but another plan for the rest of the turn will do without them."""
+        """A stage is over. Its weights and its cache stay for the phase, but another plan for the rest of the turn will
+        do without them."""
         self._over.add(stage)
 
     def accept(self, budget: Budget) -> None:
@@ -165,24 +184,25 @@ class Room:
         finally:
             self._is_loading = False
 
-    def hold(self, make_cache: Callable[[], KVCache]) -> KVCache:
-        """A cache for this phase, which leaves the device and returns with it."""
-        cache = self.attempt(make_cache)
-        self._caches.append(cache)
+    def hold(self, stage: str, make_cache: Callable[[], KVCache]) -> KVCache:
+        """A stage's cache, on the device whenever its phase is."""
+        cache = self.attempt(make_cache, stage=stage)
+        self._caches[stage] = cache
         return cache
 
     def before_moving(self, drop: Callable[[], None]) -> None:
-        """Have `drop` called before weights or caches of this phase go elsewhere, and when it is over."""
+        """Have `drop` called before weights or caches go elsewhere, and when a phase is over."""
         self._captures.append(drop)
 
-    def attempt(self, step: Callable[[], T], undo: Callable[[], object] = lambda: None) -> T:
-        """The result of `step`, computed as soon as the device is ours, and again after `undo` if it runs out.
+    def attempt(self, step: Callable[[], T], undo: Callable[[], object] = lambda: None, stage: str | None = None) -> T:
+        """The result of `step`, computed as soon as the phase of its stage (None: the one in force) has the device, and
+        again after `undo` if that runs out.
 
         Raises Cancelled in its place when the turn is cancelled, BudgetExceededError when nothing is left to give up.
         """
 
         def when_ready() -> T:
-            self._heed()
+            self._heed(stage)
             for _ in self._loading:
                 pass
             return step()
@@ -191,33 +211,44 @@ class Room:
 
     def adapt(self) -> None:
         """Do now what can be done without waiting; for a thread that has stopped the turn between two steps."""
+
+        def begin_to_move() -> None:
+            self._settle()
+            next(self._loading, None)  # what must go goes before the first block comes
+
         with self._here():
-            if self._control.released and not self._away:
+            if self._control.released:
                 self._step_aside()
-            self._heed_budget()
-            if not self._away:
-                self._with_relief(lambda: next(self._loading, None))  # what must go goes before the first block comes
+                self._heed_budget()
+            else:
+                self._with_relief(begin_to_move)
 
     def leave(self) -> None:
         """The turn is over: only residents stay, or nothing if the device was asked back."""
-        self._let_go()
+        self._drop_captures()
+        self._captures.clear()
+        self._caches.clear()
         self._residency.leave()
         if self._control.released:
             self._residency.release()
 
-    def _heed(self) -> None:
-        """Do what other threads asked for since the last step."""
+    def _heed(self, stage: str | None = None) -> None:
+        """Do what other threads asked for since the last step, and then have the stage's phase here."""
         if self._control.cancelled:
             raise Cancelled
         while self._control.released:
-            if not self._away:
-                self._step_aside()
+            self._step_aside()
             self._control.wait_while_released()
             if self._control.cancelled:
                 raise Cancelled
-        if self._away:
-            self._come_back()
+        self._settle(stage)
+
+    def _settle(self, stage: str | None = None) -> None:
+        """Have the phase of a stage here (None: the one in force), within the budget of the moment."""
         self._heed_budget()
+        phase = next((phase for phase in self.plan.phases if stage in phase.stages), self.phase)
+        if not (self._is_settled and phase is self._present):
+            self._go_to(phase)
 
     def _heed_budget(self) -> None:
         """Keep within another budget. While weights come only a smaller one counts, and a larger one once they are
@@ -231,17 +262,23 @@ class Room:
     def _step_aside(self) -> None:
         """Leave the device: weights are dropped, caches wait on the host, small states stay."""
         self._drop_captures()
-        self._away = self._was_away = True
+        self._is_settled, self._was_away = False, True
         self._residency.release()
-        for cache in self._caches:
+        for cache in self._caches.values():
             cache.move(CPU)
         self._trim()
-        self._enter()
 
-    def _come_back(self) -> None:
-        for cache in self._caches:
-            cache.move(self._device)
-        self._away = False
+    def _go_to(self, phase: Phase) -> None:
+        """Have a phase's caches here, and its weights with the next steps. What has no place in it goes first."""
+        self._drop_captures()
+        self._present, self._is_settled = phase, False
+        for stage in self._caches.keys() - set(phase.stages):
+            self._caches[stage].move(CPU)
+        self._residency.make_way(phase)
+        for stage in self._caches.keys() & set(phase.stages):
+            self._caches[stage].move(self._device)
+        self._loading = self._residency.enter(phase, self._following if phase is self.phase else None)
+        self._is_settled = True
 
     def _load_next(self) -> tuple[int, int] | None:
         """One block more; or, where the device was given away while weights came, all of them at once: else who takes
@@ -262,7 +299,7 @@ class Room:
                     raise
                 reason = str(error).splitlines()[0]
             # Outside of the handler: its traceback would keep the failed step's tensors alive.
-            log.warning('phase "%s" ran out of device memory and goes on with less: %s', self.phase.name, reason)
+            log.warning('phase "%s" ran out of device memory and goes on with less: %s', self._present.name, reason)
             undo()
             relieve()
         try:
@@ -276,10 +313,10 @@ class Room:
         """What came ahead of the next phase goes, too, and for the rest of this phase nothing more comes."""
         self._drop_captures()
         self._trim()
-        self._loading = self._residency.enter(self.phase)
+        self._loading = self._residency.enter(self._present)
 
     def _keep_three_quarters(self) -> None:
-        own_bytes = self.phase.peak_bytes - self.phase.prefetch_bytes
+        own_bytes = self._present.peak_bytes - self._present.prefetch_bytes
         self._fall_back_to(max(1, own_bytes * 3 // 4 + self.plan.reserve_bytes))
 
     def _keep_the_least(self) -> None:
@@ -296,42 +333,40 @@ class Room:
         self._adopt(self._replanned(budget))
 
     def _replanned(self, budget: Budget) -> Plan:
-        """The rest of the turn within a budget: what has begun and is not over, or else the last to have begun, as a
-        phase of its own; what has not begun, as it fits. Raises InfeasibleBudgetError."""
-        begun = tuple(stage for stage in self._begun if stage not in self._over) or self._begun[-1:]
-        return self._replan_for(budget, frozenset(self._over.difference(begun)), begun)
+        """The rest of the turn within a budget. Raises InfeasibleBudgetError."""
+        begun = tuple(stage for stage in self._begun if stage not in self._over)
+        return self._replan_for(budget, frozenset(self._over), begun)
 
     def _adopt(self, plan: Plan) -> None:
-        """Follow another plan from its first phase on; its weights come with the next step."""
-        self._drop_captures()
+        """Follow another plan from its first phase on; weights and caches come and go with the next step."""
+        self._let_go()
         self.plan, self.phase = plan, plan.phases[0]
+        self._is_settled = False
         self._residency.prepare(plan)
-        self._enter()
+
+    def _let_go(self) -> None:
+        """What is held for stages that are over."""
+        self._drop_captures()
+        for stage in self._caches.keys() & self._over:
+            del self._caches[stage]
 
     def _drop_captures(self) -> None:
         for drop in self._captures:
             drop()
 
-    def _let_go(self) -> None:
-        """What was held for a phase, when it is over."""
-        self._drop_captures()
-        self._captures.clear()
-        self._caches.clear()
-
-    def _enter(self) -> None:
-        self._loading = self._residency.enter(self.phase, self._following)
-
     @property
     def _following(self) -> Phase | None:
-        after = self.plan.phases.index(self.phase) + 1
-        return self.plan.phases[after] if after < len(self.plan.phases) else None
+        """The next phase that is not over."""
+        after = self.plan.phases[self.plan.phases.index(self.phase) + 1 :]
+        return next((phase for phase in after if not self._over.issuperset(phase.stages)), None)
 
     def _exceeded(self) -> BudgetExceededError:
+        phase = self._present
         return BudgetExceededError(
-            f'phase "{self.phase.name}" was planned to need {format_bytes(self.phase.peak_bytes)}, but the device ran'
-            " out, and with the least that it can do with again",
-            phase=self.phase.name,
-            needed_bytes=self.phase.peak_bytes,
+            f'phase "{phase.name}" was planned to need {format_bytes(phase.peak_bytes)}, but the device ran out, and'
+            " with the least that it can do with again",
+            phase=phase.name,
+            needed_bytes=phase.peak_bytes,
             hint="another program may have taken the room: name a smaller budget, or close it",
         )
 
@@ -342,8 +377,8 @@ def _is_smaller(budget: Budget, other: Budget) -> bool:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch means by this error that the device has no room. cuBLAS and the driver say so in words of theirs:
-    a workspace that cannot be made, and CUDA's error code 2 (cudaErrorMemoryAllocation)."""
-    if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
+    """Whether torch means by this error that the device has no room. Libraries and the driver say so in words of
+    theirs: `WORDS_OF_LIBRARIES`, and CUDA's error code 2 (cudaErrorMemoryAllocation)."""
+    if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in WORDS_OF_LIBRARIES):
         return True
     return isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) == 2

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, load_speakers, open_checkpoint, stored_dtype
-from .device import Device, MemoryCap, choose_dtype, open_device
+from .device import Device, MemoryCap, choose_dtype, exact_convolutions, open_device
 from .errors import CheckpointError, LowVRAMError, OptionError
 from .events import Event
 from .model import OmniModel, build_model
@@ -27,7 +27,7 @@ from .offload.meter import Meter, open_meter
 from .offload.plan import Plan, plan_memory
 from .offload.plan import Turn as Workload
 from .offload.residency import Residency
-from .options import Limits, MediaParams, SamplingParams, SpeechParams
+from .options import Limits, MediaParams, SamplingParams, SpeechParams, require_options
 from .preprocess import Preprocessor, PromptShape
 from .quant.matmul import choose_backend
 from .room import Control
@@ -103,6 +103,7 @@ class OmniRuntime:
         `meter` notes memory by phase; by default a GPU's allocator does. Raises CheckpointError, BackendError,
         OptionError.
         """
+        require_options(limits=limits)
         asked = Budget.of(vram, ram)
         opened = device if isinstance(device, Device) else open_device(device)
         checkpoint = open_checkpoint(_demo_or(model), revision=revision, on_progress=on_download)
@@ -147,6 +148,7 @@ class OmniRuntime:
     def measure(self, messages: Messages, *, media: MediaParams | None = None) -> PromptShape:
         """Count a prompt's tokens before it is run: exact, and no video is decoded beyond its packets' times."""
         self._require_open()
+        require_options(media=media)
         return self.preprocessor.measure(messages, media or MediaParams(), self.limits)
 
     def plan(
@@ -162,6 +164,7 @@ class OmniRuntime:
         Without messages: a short question in text. `speech` None plans a text answer.
         """
         self._require_open()
+        require_options(sampling=sampling, speech=speech, media=media)
         voice = self._choose_voice(speech)
         shape = self.measure(messages or [{"role": "user", "content": "?"}], media=media)
         return self._plan(
@@ -183,6 +186,7 @@ class OmniRuntime:
         are checked here, at the call; media and budget when the first event is asked for.
         """
         self._require_open()
+        require_options(sampling=sampling, speech=speech, media=media)
         voice = self._choose_voice(speech)
         return self._begin(messages, sampling or SamplingParams(), speech or DEFAULT_SPEECH, voice, media)
 
@@ -193,6 +197,7 @@ class OmniRuntime:
         them. Raises OptionError for a text without words or a checkpoint without voices, and what `generate` raises.
         """
         self._require_open()
+        require_options(speech=speech)
         ids = self.preprocessor.tokenize(text)
         if not text.strip() or not ids:
             raise OptionError(f"there is nothing to say in {text!r}: 0 words", hint="give a sentence")
@@ -303,18 +308,19 @@ class OmniRuntime:
         self._turn = turn
         events = turn.run()
         try:
-            cap = MemoryCap(self.device.torch, self._machine.residency.live_bytes)
-            while (event := self._next(events, cap)) is not None:
+            while (event := self._next(turn, events)) is not None:
                 yield event
         finally:
             with self._stepping:
                 self._turn = None
                 events.close()
 
-    def _next(self, events: Iterator[Event], cap: MemoryCap) -> Event | None:
+    def _next(self, turn: Turn, events: Iterator[Event]) -> Event | None:
         assert self.budget.vram_bytes is not None, "what is granted is a number"
-        with self._stepping, cap.at(self.budget.vram_bytes):
-            return next(events, None)
+        with self._stepping, exact_convolutions(self.device.torch):
+            held_bytes = self._machine.residency.live_bytes + turn.room.kv_bytes
+            with MemoryCap(self.device.torch, held_bytes).at(self.budget.vram_bytes):
+                return next(events, None)
 
     def _adapt(self) -> None:
         """Let a change take effect now, unless a step is being computed: then its turn heeds it afterwards."""
@@ -341,7 +347,7 @@ class OmniRuntime:
         if voice is None:
             return turn
         is_known = Setting.of(voice.name, speech) in self._machine.conditionings
-        frames = max(turn.voice_frames, voice.speaker.ref_mel.shape[1])
+        frames = max(turn.voice_frames, *(other.speaker.ref_mel.shape[1] for other in self._voices.values()))
         return replace(turn, voice_frames=frames, is_conditioned=is_known)
 
     def _choose_voice(self, speech: SpeechParams | None) -> Voice | None:

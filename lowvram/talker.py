@@ -98,9 +98,13 @@ def _read_prompt(
     ids = talker.speech.codec_ids
     pad, start = talker.speech.codec_embed(torch.tensor([ids.pad, ids.start], device="cpu"))
     frame = torch.stack([begin + pad, first + start])
-    while (done := cache.get_seq_length()) < len(prompt_rows):
+
+    def read_chunk() -> None:
         rows = slice(done, min(done + chunk_tokens(), len(prompt_rows)))
-        _read(talker, prompt_rows[rows], prompt.position_ids[:, rows], cache, device)
+        _forward(talker, device, prompt_rows[rows], prompt.position_ids[:, rows], cache)
+
+    while (done := cache.get_seq_length()) < len(prompt_rows):
+        talker.attempt(read_chunk, partial(cache.rewind, done))
     positions = torch.arange(2, device="cpu").expand(3, 2) + prompt.next_position
     return _read(talker, frame, positions, cache, device)
 

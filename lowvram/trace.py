@@ -12,9 +12,10 @@ after that only fills the cache and makes the result. Caches are allocated whole
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +31,13 @@ from .checkpoint import NUMPY_DTYPE, Checkpoint, Headers, TensorEntry, TensorRea
 from .flow import AudioInput, ModelInputs, VisualInput
 from .kv_cache import KVCache
 from .model import Decoder, OmniModel, build_model
+from .offload.allocator import CachingAllocator
 from .offload.block import Block
-from .offload.budget import Budget
+from .offload.budget import Budget, format_bytes
 from .offload.meter import LiveBytes
 from .offload.plan import Plan
 from .offload.plan import Turn as Workload
-from .offload.profile import TRACED, MemoryProfile
+from .offload.profile import SIMULATED_ALLOCATOR, TRACED, MemoryProfile
 from .offload.residency import Residency
 from .offload.transfer import Transfer
 from .options import SamplingParams, SpeechParams
@@ -46,6 +48,8 @@ from .token2wav.conditioning import Speaker
 from .token2wav.ode import solver_stages, time_grid
 from .token2wav.windows import chunk_codes, first_sound_codes
 from .turn import Machine, Request, Turn, Voice
+
+log = logging.getLogger(__name__)
 
 DEVICE = torch.device("meta")
 """Stands for the card. Tensors of the host are real."""
@@ -83,13 +87,15 @@ def trace_turn(
     """Run the turn that `plan` was made for, and count the device's live bytes: planned beside traced, and a timeline.
 
     The turn speaks if the plan has codes, as `speech` says. What may come ahead of its phase is all there as soon as
-    the phase before has loaded: no more of it can be held. Neither column includes the plan's reserve: tables that
-    stay, what operators use inside themselves, and how the allocator rounds are not seen here. A `ledger` of one's own
-    (`LiveBytes("meta", explain=True)`) can be asked afterwards what was held at each peak.
+    the phase before has loaded: no more of it can be held. No column includes tables that stay and what operators use
+    inside themselves. What an allocator makes of it is simulated, at the plan's budget: a warning is logged where it
+    would run out. A `ledger` of one's own (`LiveBytes("meta", explain=True)`) can be asked afterwards what was held at
+    each peak, and needs no allocator.
     """
     assert plan.prompt_tokens == workload.prompt_tokens, "plan and prompt belong to different turns"
     assert not (plan.codes and workload.is_conditioned), "a trace has no earlier turn to know a voice from"
-    ledger, speech = ledger or LiveBytes(DEVICE.type), speech or SpeechParams()
+    ledger = ledger or LiveBytes(DEVICE.type, allocator=allocator_of(plan))
+    speech = speech or SpeechParams()
     model.speak_in(getattr(torch, speech.dtype))
     machine = _machine(model, plan, ledger)
     turn = _TracedTurn(machine, _request(model, plan, workload, speech), Control(Budget()), time.perf_counter())
@@ -97,16 +103,35 @@ def trace_turn(
         for _ in turn.run():
             pass
         machine.residency.release()
-    return MemoryProfile.of(plan).add(TRACED, ledger.peaks, ledger.timeline)
+    return _with_reserved(MemoryProfile.of(plan), plan, ledger).add(TRACED, ledger.peaks, ledger.timeline)
+
+
+def allocator_of(plan: Plan) -> CachingAllocator:
+    """The allocator of a card of the plan's budget, on which the context is made and kernels have what they work in."""
+    allocator = CachingAllocator(None if plan.budget_bytes is None else plan.budget_bytes - plan.context_bytes)
+    if plan.workspace_bytes:
+        allocator.allocate(plan.workspace_bytes)
+    return allocator
+
+
+def _with_reserved(profile: MemoryProfile, plan: Plan, ledger: LiveBytes) -> MemoryProfile:
+    """The profile with what was reserved for tensors, where there was an allocator."""
+    if not ledger.allocator:
+        return profile
+    if short_bytes := ledger.allocator.short_bytes:
+        log.warning("a card's allocator would run out by %s: it reserves more than lives", format_bytes(short_bytes))
+    reserved = {phase: n_bytes - plan.workspace_bytes for phase, n_bytes in ledger.reserved_peaks.items()}
+    return profile.add(SIMULATED_ALLOCATOR, reserved)
 
 
 def _machine(model: OmniModel, plan: Plan, ledger: LiveBytes) -> Machine:
+    trim = ledger.allocator.empty_cache if ledger.allocator else model.transfer.trim
     components = {name: [_Emptied(block) for block in blocks] for name, blocks in model.components.items()}
     decoders = {"thinker": model.thinker} | ({"talker": model.speech.decoder} if model.speech else {})
     return Machine(
         model=model,
-        residency=_BrisklyWalked(components, model.transfer, decoders, plan.prompt_tokens),
-        trim=model.transfer.trim,
+        residency=_BrisklyWalked(components, model.transfer, decoders, plan.prompt_tokens, trim),
+        trim=trim,
         device=DEVICE,
         meter=ledger,
         stop_ids=frozenset([STOP_ID]),
@@ -190,11 +215,16 @@ class _BrisklyWalked(Residency):
         transfer: Transfer,
         decoders: Mapping[str, Decoder],
         prompt_tokens: int,
+        empty_cache: Callable[[], None],
     ) -> None:
         super().__init__(components, transfer)
+        self._empty_cache = empty_cache
         self._decoders = decoders
         self._prompt_tokens = prompt_tokens
         self._brisk = {name: self._brisk_layers(name, len(components.get(name, ())) - 1) for name in LAYERED}
+
+    def _trim(self) -> None:
+        self._empty_cache()
 
     def component(self, name: str) -> tuple[Any, ...]:
         uses = super().component(name)
@@ -326,7 +356,7 @@ class _HostSide(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, aten = kwargs or {}, torch.ops.aten
-        if func in (aten.argmax.default, aten.multinomial.default) and args[0].is_meta:
+        if func is aten.max.dim and args[0].is_meta and args[0].numel() in self._script:
             self._drawn = next(self._script[args[0].numel()])
         elif func is aten._local_scalar_dense.default and args[0].is_meta:
             return self._drawn

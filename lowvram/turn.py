@@ -3,7 +3,8 @@
 The plan's phases say which stages share the device. Within a phase the stages are chained generators, each pulling
 from the one before, so that speech starts while text is still being written; events that happen inside the chain wait
 in an outbox that is emptied at every step. At the end of a phase the product of its last stage (thinker steps, or
-codec ids) waits on the host for the next phase: that is the only difference a small budget makes.
+codec ids) waits on the host for the next phase: that is the only difference a small budget makes, whether it was
+small from the beginning or became so while the stages were at it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .detokenize import TextStream
 from .encoders import AudioTower, VisionTower, embed_prompt, encode_audios, encode_visuals
 from .errors import BudgetExceededError
 from .events import AudioChunk, Event, Finished, FinishReason, Progress, TextDelta
-from .flow import ModelInputs, ThinkerStep
+from .flow import Attempt, ModelInputs, ThinkerStep
 from .graphs import CapturedSteps, Stepping, one_by_one, open_recorder
 from .kv_cache import KVCache
 from .model import Decoder, OmniModel
@@ -119,8 +120,8 @@ class Turn:
         self._noise_seed = _seed(request.speech.seed, self._speech_seed)
         self._prompt = embed_prompt(request.inputs, self.machine.model.embed_tokens)
         self._talker_rows = torch.empty_like(self._prompt.embeds) if request.voice else None
-        self._steps: Lookahead[ThinkerStep] = Lookahead(())
-        self._codes: Iterator[int] = iter(())
+        self._streams: dict[str, Lookahead[Any]] = {}
+        """By stage, of those that have begun: what they make, in the order in which they pull from one another."""
         machine = self.machine
         self.room = Room(machine.residency, machine.device, machine.trim, self.control, request.plan, request.replan)
 
@@ -129,7 +130,7 @@ class Turn:
 
         Raises BudgetExceededError where the device has less room than the least that the turn can do with.
         """
-        self.machine.meter.begin()
+        self.machine.meter.begin(self.machine.residency.live_bytes)
         if self.request.voice:
             self.machine.speak_in(getattr(torch, self.request.speech.dtype))
         try:
@@ -159,12 +160,14 @@ class Turn:
             yield event
 
     def _compare_with(self, plan: Plan, phase: Phase) -> None:
-        """Say so where a phase held more than was planned, and stop where that breaks the budget."""
+        """Say so where a phase held more than was planned, and stop where that breaks the budget. What the reserve is
+        for, libraries' workspaces and rounding, is among what a card's allocator counts."""
         meter = self.machine.meter
         held_bytes = meter.peaks.get(phase.name, 0)
-        if meter.kind != DEVICE_ALLOCATOR or held_bytes <= phase.peak_bytes:
+        planned_bytes = phase.peak_bytes + plan.workspace_bytes + plan.slack_bytes
+        if meter.kind != DEVICE_ALLOCATOR or held_bytes <= planned_bytes:
             return
-        log.warning('phase "%s" held %s more than planned', phase.name, format_bytes(held_bytes - phase.peak_bytes))
+        log.warning('phase "%s" held %s more than planned', phase.name, format_bytes(held_bytes - planned_bytes))
         if plan.budget_bytes is not None and held_bytes > plan.budget_bytes:
             raise BudgetExceededError(
                 f'phase "{phase.name}" held {format_bytes(held_bytes)}, but the budget is'
@@ -191,7 +194,7 @@ class Turn:
         if voice and self.room.begin("conditioning"):
             (block,) = self.machine.residency.component("dit_conditioning")
             with self._timed("condition"):
-                made = condition(block, voice.speaker, speech, attempt=self.room.attempt)
+                made = condition(block, voice.speaker, speech, attempt=self._attempts("conditioning"))
             self.machine.conditionings.keep(Setting.of(voice.name, speech), made)
             yield Progress("condition", 1, 1, "voices")
             self.room.end("conditioning")
@@ -200,14 +203,14 @@ class Turn:
         """Fill the prompt's media rows with whatever encoders this phase holds."""
         inputs, model, room = self.request.inputs, self.machine.model, self.room
         device, embeds = self.machine.device, self._prompt.embeds
-        if inputs.audios and room.begin("audio_tower"):
-            ears = AudioTower(model.hearing, *self._layers_and_rest("audio_tower"), room.attempt)
+        if room.begin("audio_tower"):
+            ears = AudioTower(model.hearing, *self._layers_and_rest("audio_tower"), self._attempts("audio_tower"))
             windows = lambda: room.plan.audio_chunk_windows  # noqa: E731 (asked anew for each chunk)
             heard = encode_audios(inputs.audios, ears, embeds, chunk_windows=windows, device=device)
             yield from self._encoding("hear", heard, inputs.audios)
             room.end("audio_tower")
-        if inputs.visuals and room.begin("visual"):
-            eyes = VisionTower(model.vision, *self._layers_and_rest("visual"), room.attempt)
+        if room.begin("visual"):
+            eyes = VisionTower(model.vision, *self._layers_and_rest("visual"), self._attempts("visual"))
             patches = lambda: room.plan.vision_chunk_patches  # noqa: E731
             seen = encode_visuals(inputs.visuals, eyes, embeds, chunk_patches=patches, device=device)
             yield from self._encoding("see", seen, inputs.visuals)
@@ -221,35 +224,29 @@ class Turn:
                 yield Progress(stage, done, total, "tokens")
 
     def _answer(self) -> Iterator[Event]:
-        """Chain this phase's share of thinker, talker and token2wav, and pull on its end."""
-        pipe: Iterator[Any] = iter(())
-        if self.room.begin("thinker"):
-            pipe = self._steps = Lookahead((yield from self._prefill()))
-        if self.room.begin("talker"):
-            pipe = self._codes = self._talk(self._steps)
-        if self.room.begin("token2wav"):
-            pipe = self._speak(self._codes)
-        yield from self._pull(pipe)
-
-    def _pull(self, pipe: Iterator[Any]) -> Iterator[Event]:
-        """Run a chain to its end, handing out its events as they happen; keep its product for the next phase."""
-        product = []
-        wanted = pipe is self._steps or pipe is self._codes
-        for item in pipe:
-            if wanted:
-                product.append(item)
-            yield from self._take_outbox()
-        for _ in self._steps:  # a talker may fall silent before the text ends
+        """Chain this phase's share of thinker, talker and token2wav, and pull on its end, handing out events as they
+        happen; what is not used up waits for the next phase."""
+        streams, room = self._streams, self.room
+        if room.begin("thinker"):
+            streams["thinker"] = Lookahead((yield from self._prefill()))
+        if room.begin("talker"):
+            streams["talker"] = Lookahead(self._talk(streams["thinker"]))
+        if room.begin("token2wav"):
+            streams["token2wav"] = Lookahead(self._speak(streams["talker"]))
+        while self._pull():
             yield from self._take_outbox()
         yield from self._take_outbox()
-        if pipe is self._steps:
-            self._steps = Lookahead(product)
-        elif pipe is self._codes:
-            self._codes = iter(product)
+
+    def _pull(self) -> bool:
+        """Have one more made by the last stage of the phase in force that is not at its end: a talker may fall silent
+        before the text ends, and another plan may have cut off the stages after."""
+        stages = (stage for stage in reversed(self.room.phase.stages) if stage in self._streams)
+        return any(self._streams[stage].make_one() for stage in stages)
 
     def _prefill(self) -> Generator[Event, None, Iterator[ThinkerStep]]:
         """Read the prompt; returns the answer's text, still to be written."""
-        cache = self._cache(self.machine.model.thinker, len(self._prompt.embeds) + self.request.sampling.max_tokens)
+        max_tokens = len(self._prompt.embeds) + self.request.sampling.max_tokens
+        cache = self._cache("thinker", self.machine.model.thinker, max_tokens)
         progress = prefill(
             self._thinker(),
             self._prompt,
@@ -298,9 +295,8 @@ class Turn:
         if request.reply is not None:
             return Recitation(request.reply)
         vocab_size = len(self.machine.model.embed_tokens)
-        return self._sampler(
-            request.sampling, vocab_size=vocab_size, seed=self._text_seed, seen=request.inputs.input_ids
-        )
+        seen = request.inputs.input_ids
+        return self._draws("thinker", request.sampling, vocab_size=vocab_size, seed=self._text_seed, seen=seen)
 
     def _talk(self, steps: Iterable[ThinkerStep]) -> Iterator[int]:
         """The reply as codec ids."""
@@ -309,7 +305,8 @@ class Turn:
         assert voice and model.speech and self._talker_rows is not None
         self._mark("talk")
         ids = model.speech.codec_ids
-        sampler = self._sampler(
+        sampler = self._draws(
+            "talker",
             speech.sampling,
             vocab_size=len(model.speech.codec_embed),
             seed=self._speech_seed,
@@ -318,12 +315,12 @@ class Turn:
         )
         layers, rest = self._layers_and_rest("talker")
         codes = talk(
-            Talker(model.speech, layers, rest, self.room.attempt, self._stepping("talker")),
+            Talker(model.speech, layers, rest, self._attempts("talker"), self._stepping("talker")),
             self._prompt,
             self._talker_rows,
             steps,
             _text_rows(model, voice),
-            self._cache(model.speech.decoder, len(self._talker_rows) + 2 + max_codes),
+            self._cache("talker", model.speech.decoder, len(self._talker_rows) + 2 + max_codes),
             sampler,
             chunk_tokens=self._chunk_tokens,
             max_codes=max_codes,
@@ -343,15 +340,17 @@ class Turn:
         layers, dit = self._layers_and_rest("dit")
         (bigvgan,) = self.machine.residency.component("bigvgan")
         heard = self.machine.conditionings[Setting.of(voice.name, speech)]
+        attempts = self._attempts("token2wav")
         pieces = decode_speech(
-            codes, dit, bigvgan, heard, speech, seed=self._noise_seed, layers=layers, attempt=self.room.attempt
+            codes, dit, bigvgan, heard, speech, seed=self._noise_seed, layers=layers, attempt=attempts
         )
         for samples in pieces:
             if len(samples):
                 self._sound(samples)
             yield
-            while self._playback.can_spare(self.clock()) and self._steps.make_one():
+            while self._playback.can_spare(self.clock()) and self._streams["thinker"].make_one():
                 yield
+        self.room.end("token2wav")
         self._sound_is_whole = True
         self._sound(np.zeros(0, np.float32), is_last=True)
 
@@ -401,7 +400,10 @@ class Turn:
         model = self.machine.model
         layers, rest = self._layers_and_rest("thinker")
         (lm_head,) = self.machine.residency.component("lm_head")
-        return Thinker(model.thinker, layers, rest, lm_head, model.embed_tokens, self.room.attempt)
+        return Thinker(model.thinker, layers, rest, lm_head, model.embed_tokens, self._attempts("thinker"))
+
+    def _attempts(self, stage: str) -> Attempt:
+        return partial(self.room.attempt, stage=stage)
 
     def _stepping(self, component: str) -> Stepping:
         """How a stage decodes: captured, where the device can and the cache is in the compute dtype."""
@@ -412,11 +414,14 @@ class Turn:
         self.room.before_moving(steps.drop)
         return steps
 
-    def _cache(self, decoder: Decoder, max_tokens: int) -> KVCache:
-        return self.room.hold(partial(decoder.new_cache, max_tokens, self.machine.device, self.room.plan.kv))
+    def _cache(self, stage: str, decoder: Decoder, max_tokens: int) -> KVCache:
+        return self.room.hold(stage, partial(decoder.new_cache, max_tokens, self.machine.device, self.room.plan.kv))
+
+    def _draws(self, stage: str, params: SamplingParams, **options: Any) -> Sampler:
+        return self.room.attempt(partial(self._sampler, params, stage=stage, **options), stage=stage)
 
     def _sampler(self, params: SamplingParams, **options: Any) -> Sampler:
-        return self.room.attempt(partial(Sampler, params, device=self.machine.device, **options))
+        return Sampler(params, device=self.machine.device, **options)
 
     def _chunk_tokens(self) -> int:
         """How many prompt rows to read next; fewer once there is less room."""

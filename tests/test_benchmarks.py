@@ -194,7 +194,7 @@ def test_the_run_for_a_card_can_be_gone_through_without_one(
     monkeypatch.setattr(gpu, "SPEECH", SpeechParams(sampling=replace(TALKER_SAMPLING, max_tokens=24), steps=2))
     kept, sections = (
         tmp_path / "gpu.json",
-        ("missing", "races", "rates", "overhead", "kernels", "graphs", "speed", "guest"),
+        ("missing", "races", "rates", "overhead", "kernels", "int8_kernels", "graphs", "speed", "guest"),
     )
     with redirect_stdout(StringIO()):
         code = gpu.main(["--device", "cpu", "--weights", str(demo), "--only", *sections, "-o", str(kept)])
@@ -220,8 +220,9 @@ def test_what_a_card_is_asked_to_hold_is_a_question_that_can_be_asked(
     assert (chosen.weights == str(demo)) is (device == "cuda")
 
 
-def test_a_section_that_fails_says_how_and_the_others_still_run(gpu: ModuleType, demo: Path):
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), AssertionError("no code was said"), KeyError("ttft")])
+def test_a_section_that_fails_says_how_and_the_others_still_run(gpu: ModuleType, demo: Path, error: Exception):
     def broken(_: object) -> dict[str, Any]:
-        raise RuntimeError("CUDA error")
+        raise error
 
-    assert gpu.run_section(broken, gpu.Bench("cpu", demo))["failed"] == "RuntimeError: CUDA error"
+    assert gpu.run_section(broken, gpu.Bench("cpu", demo))["failed"] == f"{type(error).__name__}: {error}"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,8 @@ from test_turn import MEDIA, MESSAGES, SAMPLING, SPEECH, assert_same_answer
 
 from lowvram.errors import BudgetExceededError, InfeasibleBudgetError, LowVRAMError
 from lowvram.events import AudioChunk, Event, Finished, TextDelta
+from lowvram.options import SamplingParams
+from lowvram.room import Room
 from lowvram.runtime import OmniRuntime
 
 
@@ -46,6 +51,38 @@ def squeeze(omni: OmniRuntime) -> int:
         omni.set_budget(error.needed_bytes)
         return error.needed_bytes
     raise AssertionError("nothing runs in a kilobyte")
+
+
+@contextmanager
+def at_each_step(act: Callable[[int], Any]) -> Iterator[None]:
+    """Before each step of a turn, in the middle of whatever waits for it, somebody does something; steps count from
+    0."""
+    attempt, steps = Room.attempt, count()
+
+    def disturbed(room: Room, *step: Any, **stage: Any) -> Any:
+        act(next(steps))
+        return attempt(room, *step, **stage)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Room, "attempt", disturbed)
+        yield
+
+
+def greet(omni: OmniRuntime) -> Iterator[Event]:
+    """Ask for a short answer: a chunk of sound, and a code more."""
+    speech = replace(SPEECH, sampling=replace(SPEECH.sampling, max_tokens=13), steps=2)
+    return omni.generate([{"role": "user", "content": "hello"}], sampling=SamplingParams(max_tokens=4), speech=speech)
+
+
+def test_a_budget_may_shrink_to_the_least_before_any_step_and_stay_there(omni: OmniRuntime):
+    steps: list[int] = []
+    with at_each_step(steps.append):
+        undisturbed = answer(greet(omni))
+    for nth in steps:
+        with at_each_step(lambda n, nth=nth: n == nth and squeeze(omni)):
+            said = answer(greet(omni))
+        assert_same_answer(said, undisturbed)
+        omni.set_budget(None)
 
 
 @pytest.mark.parametrize("every", [1, 3])

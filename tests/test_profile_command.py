@@ -9,7 +9,7 @@ from media_files import numbered_frame, write_video
 from typer.testing import CliRunner, Result
 
 from lowvram.cli import app
-from lowvram.offload.profile import PLANNED, TRACED, TRACKED_LIVE_TENSORS
+from lowvram.offload.profile import PLANNED, SIMULATED_ALLOCATOR, TRACED, TRACKED_LIVE_TENSORS
 from lowvram.profile_file import read_profile
 
 BRIEF = ("--device", "cpu", "--max-tokens", "2", "--no-speech", "-q")
@@ -52,7 +52,7 @@ def test_a_traced_answer_of_a_stand_in_is_drawn_beside_a_kept_one(kept: Path, de
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     told: dict[str, Any] = json.loads(done.stdout)
-    assert list(told["peak_bytes"]) == [PLANNED, TRACED] and told["timeline"]
+    assert list(told["peak_bytes"]) == [PLANNED, SIMULATED_ALLOCATOR, TRACED] and told["timeline"]
     assert shown.read_text(encoding="utf-8").count("<svg") == 4
 
 

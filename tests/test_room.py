@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -89,16 +90,15 @@ class Cache:
 
 
 def replan(budget: Budget, over: frozenset[str], begun: tuple[str, ...]) -> Plan:
-    """Plans that need at least 10 bytes."""
+    """Plans that need at least 10 bytes, and have each stage alone."""
     assert budget.vram_bytes is not None
     if budget.vram_bytes < 10:
         raise InfeasibleBudgetError("too little", needed_bytes=10)
-    left = tuple(stage for stage in STAGES if stage not in (*over, *begun))
-    return plan_within(budget.vram_bytes, *begun, *left)
+    return plan_within(budget.vram_bytes, *(stage for stage in STAGES if stage not in over))
 
 
 class Turn:
-    """A room with all that surrounds it, in the first phase of a plan for 1000 bytes."""
+    """A room with all that surrounds it, in the first phase of a plan for 1000 bytes, which has begun."""
 
     def __init__(self, device: torch.device = CPU) -> None:
         self.shelf, self.control = Shelf(), Control(ROOMY)
@@ -108,6 +108,17 @@ class Turn:
         next(self.phases)
         self.room.begin("thinker")
         self.shelf.diary.clear()
+
+    def go_on(self) -> Phase | None:
+        """Get the phase in force over; returns the next one."""
+        for stage in self.room.phase.stages:
+            self.room.begin(stage)
+            self.room.end(stage)
+        return next(self.phases, None)
+
+    def rest(self) -> list[Phase]:
+        """The phases after the one in force, each gone through."""
+        return list(iter(self.go_on, None))
 
 
 def runs_out(times: int) -> Callable[[], str]:
@@ -125,7 +136,7 @@ def runs_out(times: int) -> Callable[[], str]:
 def test_a_step_finds_its_phase_loaded():
     turn = Turn()
     turn.room.attempt(lambda: turn.shelf.diary.append("step"))
-    assert turn.shelf.diary == [("enter", 1000), "step"]
+    assert turn.shelf.diary == [("way", 1000), ("enter", 1000), "step"]
 
 
 def test_loading_reports_its_progress():
@@ -136,7 +147,7 @@ def test_a_step_that_runs_out_is_undone_and_tried_again_after_trimming():
     turn, undone = Turn(), []
     assert turn.room.attempt(runs_out(1), lambda: undone.append(True)) == "done"
     assert undone == [True]
-    assert turn.shelf.diary == [("enter", 1000), "trim", ("enter", 1000)]
+    assert turn.shelf.diary == [("way", 1000), ("enter", 1000), "trim", ("enter", 1000)]
     assert turn.room.plan.budget_bytes == 1000
 
 
@@ -184,6 +195,7 @@ def test_other_errors_are_not_ours_to_mend():
     [
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation after trying 9 plans."), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
@@ -203,19 +215,19 @@ def test_another_budget_holds_from_the_next_step_on():
     turn = Turn()
     turn.control.set_budget(Budget(500))
     turn.room.attempt(lambda: None)
-    assert turn.shelf.diary == [("plan", 500), ("enter", 500)]
+    assert turn.shelf.diary == [("plan", 500), ("way", 500), ("enter", 500)]
 
 
 def test_a_plan_that_takes_over_goes_on_with_its_own_phases():
     turn = Turn()
     turn.control.set_budget(Budget(500))
     turn.room.attempt(lambda: None)
-    assert [(phase.name, phase.weights_bytes) for phase in turn.phases] == [("talker", 500)]
+    assert [(phase.name, phase.weights_bytes) for phase in turn.rest()] == [("talker", 500)]
 
 
 def test_a_released_room_is_empty_and_the_step_waits():
     turn = Turn()
-    cache = turn.room.hold(Cache)
+    cache = turn.room.hold("thinker", Cache)
     cache.move(torch.device("meta"))
     turn.control.release()
     done = threading.Event()
@@ -231,14 +243,14 @@ def test_a_released_room_is_empty_and_the_step_waits():
 
 def test_a_resumed_room_has_its_caches_and_weights_back():
     turn = Turn(device=torch.device("meta"))
-    cache = turn.room.hold(Cache)
+    cache = turn.room.hold("thinker", Cache)
     turn.control.release()
     turn.room.adapt()
     turn.control.resume()
     turn.shelf.diary.clear()
     turn.room.attempt(lambda: None)
     assert cache.place == torch.device("meta")
-    assert turn.shelf.diary == [("enter", 1000)]
+    assert turn.shelf.diary == [("way", 1000), ("enter", 1000)]
 
 
 def test_a_released_turn_can_be_cancelled():
@@ -260,30 +272,40 @@ def test_a_stopped_turn_adapts_at_once():
     turn = Turn()
     turn.control.set_budget(Budget(500))
     turn.room.adapt()
-    assert turn.shelf.diary == ["inside", ("plan", 500), ("enter", 500), "outside"]
+    assert turn.shelf.diary == ["inside", ("plan", 500), ("way", 500), ("enter", 500), "outside"]
+
+
+def test_who_has_a_cancelled_turn_adapt_does_not_hear_of_it():
+    turn = Turn()
+    turn.control.cancel()
+    turn.control.set_budget(Budget(500))
+    turn.room.adapt()
+    assert turn.room.plan.budget_bytes == 500
 
 
 def test_a_phase_finds_the_last_ones_weights_gone():
     turn = Turn()
-    next(turn.phases)
+    turn.go_on()
     assert turn.shelf.diary == [("way", 1000)]
 
 
-def in_one_phase() -> Turn:
+def in_one_phase(device: torch.device = CPU) -> Turn:
     """A turn whose plan has both stages in one phase, loaded and not begun."""
     turn = Turn()
     plan = replace(turn.room.plan, phases=(replace(turn.room.phase, stages=STAGES),))
-    turn.room = Room(turn.shelf, CPU, turn.shelf.trim, turn.control, plan, replan)
+    turn.room = Room(turn.shelf, device, turn.shelf.trim, turn.control, plan, replan)
     turn.phases = turn.room.phases()
     next(turn.phases)
     return turn
 
 
-def test_a_stage_begins_in_its_own_phase_only():
+def test_a_stage_begins_in_its_own_phase_only_and_once():
     turn = Turn()
+    assert not turn.room.begin("thinker")
     assert not turn.room.begin("talker")
-    next(turn.phases)
+    turn.go_on()
     assert turn.room.begin("talker")
+    assert not turn.room.begin("talker")
 
 
 def test_stages_that_have_not_begun_are_cut_from_those_that_have():
@@ -291,38 +313,121 @@ def test_stages_that_have_not_begun_are_cut_from_those_that_have():
     assert turn.room.begin("thinker")
     turn.room.accept(Budget(500))
     assert not turn.room.begin("talker")
-    assert [phase.stages for phase in turn.phases] == [("talker",)]
+    assert [phase.stages for phase in turn.rest()] == [("talker",)]
 
 
-def test_stages_that_have_begun_together_stay_together():
+def test_plans_know_what_has_begun_and_what_is_over():
     asked = []
 
     def note(budget: Budget, over: frozenset[str], begun: tuple[str, ...]) -> Plan:
-        asked.append((over, begun))
+        asked.append((set(over), begun))
         return plan_within(500, "thinker", "talker")
 
     turn = in_one_phase()
     turn.room._replan_for = note
-    turn.room.accept(Budget(700))
-    for stage in STAGES:
-        turn.room._begun = (*turn.room._begun, stage)
-        turn.room.accept(Budget(600))
-    turn.room.end("thinker")
-    turn.room.accept(Budget(500))
-    turn.room.end("talker")
-    turn.room.accept(Budget(400))
+    for happens in (lambda: None, *(partial(turn.room.begin, s) for s in STAGES), lambda: turn.room.end("thinker")):
+        happens()
+        turn.room.accept(turn.control.budget)  # the same, so that nothing is cut
     assert asked == [
-        (frozenset(), ()),
-        (frozenset(), ("thinker",)),
-        (frozenset(), ("thinker", "talker")),
-        (frozenset({"thinker"}), ("talker",)),
-        (frozenset({"thinker"}), ("talker",)),  # a phase has at least the stage that began last
+        (set(), ()),
+        (set(), ("thinker",)),
+        (set(), ("thinker", "talker")),
+        ({"thinker"}, ("talker",)),
     ]
 
 
-def test_a_phase_that_follows_begins_with_nothing_begun_and_all_before_it_over():
+def cut_in_the_middle(device: torch.device = CPU) -> tuple[Turn, Cache, Cache]:
+    """A turn whose stages began in one phase and have to take turns from now on, and their caches."""
+    turn = in_one_phase(device)
+    caches = []
+    for stage in STAGES:
+        turn.room.begin(stage)
+        caches.append(turn.room.hold(stage, Cache))
+        caches[-1].place = device
+    turn.room.accept(Budget(500))
+    turn.shelf.diary.clear()
+    return turn, *caches
+
+
+def test_stages_that_have_begun_together_go_on_one_after_the_other():
+    turn, *_ = cut_in_the_middle()
+    turn.room.attempt(lambda: None, stage="thinker")
+    assert turn.room.phase.stages == ("thinker",)
+    assert [phase.stages for phase in turn.rest()] == [("talker",)]
+
+
+def test_a_step_finds_its_own_stages_phase_there_and_the_other_stages_cache_away():
+    device = torch.device("meta")
+    turn, thinking, talking = cut_in_the_middle(device)
+    for stage, places in (("talker", (CPU, device)), ("thinker", (device, CPU)), ("talker", (CPU, device))):
+        seen = turn.room.attempt(lambda: (thinking.place, talking.place), stage=stage)
+        assert seen == places
+
+
+def test_what_goes_to_and_fro_goes_before_anything_comes():
+    turn, thinking, talking = cut_in_the_middle()
+    for name, cache in (("thinker", thinking), ("talker", talking)):
+        cache.move = lambda device, name=name: turn.shelf.diary.append(f"{name} to {device}")
+    turn.room._device = torch.device("meta")
+    turn.room.attempt(lambda: None, stage="talker")
+    assert turn.shelf.diary == [
+        ("plan", 500),
+        "thinker to cpu",
+        ("way", 500),
+        "talker to meta",
+        ("enter", 500),
+    ]
+
+
+def test_a_stage_that_takes_its_turn_early_changes_nothing_about_what_comes_first():
+    turn, *_ = cut_in_the_middle()
+    turn.room.attempt(lambda: None, stage="talker")
+    assert turn.room.phase.stages == ("thinker",)
+    assert turn.shelf.following is None  # nothing comes ahead: the thinker is next, and all of it must come
+    turn.room.attempt(lambda: None)
+    assert turn.shelf.following.stages == ("talker",)
+
+
+def test_a_stage_that_runs_out_is_the_one_that_makes_do_with_less():
+    """Three quarters of what its own phase was planned for, not of the one that comes first."""
+    turn, *_ = cut_in_the_middle()
+    turn.room.attempt(lambda: None)
+    first, second = turn.room.plan.phases
+    turn.room.plan = replace(turn.room.plan, phases=(first, replace(second, weights_bytes=400)))
+    turn.room.attempt(runs_out(2), stage="talker")
+    assert turn.room.plan.budget_bytes == 300
+
+
+@pytest.mark.parametrize("changes", [lambda turn: turn.room.adapt(), lambda turn: next(turn.phases)])
+def test_a_stage_that_is_over_leaves_no_cache_to_another_plan_or_phase(changes: Callable[[Turn], object]):
+    turn, *caches = cut_in_the_middle()
+    gone = [weakref.ref(cache) for cache in caches]
+    del caches
+    turn.room.end("talker")
+    changes(turn)
+    assert [ref() is None for ref in gone] == [False, True]
+
+
+def test_a_phase_that_is_over_before_its_time_is_passed_by():
+    """Speech may end while text is still being written."""
+    turn, *_ = cut_in_the_middle()
+    turn.room.attempt(lambda: None)
+    turn.room.end("talker")
+    assert turn.rest() == []
+
+
+def test_stages_that_are_joined_again_but_could_not_begin_do_so_when_their_phase_comes_again():
+    turn = in_one_phase()
+    turn.room.begin("thinker")
+    turn.room.end("thinker")
+    assert next(turn.phases).stages == STAGES
+    assert not turn.room.begin("thinker")
+    assert turn.room.begin("talker")
+
+
+def test_a_phase_that_follows_is_planned_without_all_before_it():
     turn = Turn()
-    next(turn.phases)
+    turn.go_on()
     turn.room.accept(Budget(500))
     turn.room.attempt(lambda: None)
     assert [phase.stages for phase in turn.room.plan.phases] == [("talker",)]
@@ -338,7 +443,7 @@ def test_a_budget_that_is_too_small_is_refused_and_changes_nothing():
 
 
 def test_no_stage_begins_while_a_budget_is_being_accepted():
-    """It was asked whether the rest can be cut: what begins meanwhile could not be any more."""
+    """It was asked whether the rest fits: what begins meanwhile has more to remember."""
     turn, asking, answer = in_one_phase(), threading.Event(), threading.Event()
 
     def slow(budget: Budget, over: frozenset[str], begun: tuple[str, ...]) -> Plan:
@@ -361,7 +466,7 @@ def test_a_phase_is_entered_with_the_next_one_in_view_and_the_last_with_none():
     turn = Turn()
     turn.room.attempt(lambda: None)
     assert turn.shelf.following == turn.room.plan.phases[1]
-    next(turn.phases)
+    turn.go_on()
     turn.room.attempt(lambda: None)
     assert turn.shelf.following is None
 

@@ -242,3 +242,20 @@ def test_a_recited_reply_is_spoken_as_a_generated_one_would_be(omni: OmniRuntime
 def test_a_text_without_words_is_refused(omni: OmniRuntime):
     with pytest.raises(OptionError, match="nothing to say"):
         omni.speak("  \n")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"speech": False}, {"speech": True}, {"sampling": {"max_tokens": 3}}, {"media": {"fps": 1}}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_another_kind_are_refused_at_the_call(omni: OmniRuntime, options: dict[str, object]):
+    (name,) = options
+    for ask_for in (omni.generate, omni.plan):
+        with pytest.raises(OptionError, match=rf"^{name} is .*, but must be \w+Params or None$"):
+            ask_for(MESSAGES, **options)
+
+
+def test_limits_of_another_kind_are_refused_before_a_model_is_looked_for():
+    with pytest.raises(OptionError, match=r"limits is .* but must be Limits or None"):
+        OmniRuntime.open("./none", limits={"kv": "int8"})

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol, TypeVar
 
+from .allocator import held_bytes
 from .placement import STREAM_SLOTS, Phase, Placement, evenly_spaced
 
 
@@ -48,7 +49,7 @@ def blocks_ahead(phase: Phase, following: Phase, components: Mapping[str, Sequen
     left_bytes = phase.prefetch_bytes
     for block in divide(following, components)[0]:
         if block.name not in here:
-            left_bytes -= block.n_bytes
+            left_bytes -= held_bytes(block.n_bytes)
             if left_bytes < 0:
                 break
             coming.append(block)
@@ -62,7 +63,7 @@ def with_prefetch(phases: Sequence[Phase], components: Mapping[str, Sequence[Siz
     for phase, following in pairwise(phases):
         free_bytes = 0 if phase.streamed_layers else highest_bytes - phase.peak_bytes
         coming = blocks_ahead(replace(phase, prefetch_bytes=free_bytes), following, components)
-        filled.append(replace(phase, prefetch_bytes=sum(block.n_bytes for block in coming)))
+        filled.append(replace(phase, prefetch_bytes=sum(held_bytes(block.n_bytes) for block in coming)))
     return (*filled, phases[-1])
 
 

@@ -23,6 +23,7 @@ from .activations import (
     SoundShape,
     VisionShape,
 )
+from .allocator import held_bytes
 
 BLOCK_ALIGNMENT_BYTES = 256
 """Each tensor of a block starts on a multiple of this: what CUDA's own allocator aligns to."""
@@ -68,10 +69,15 @@ class StoredTensor(Protocol):
 
 @dataclass(frozen=True)
 class BlockSize:
-    """Weights that move as one, and their bytes on the device."""
+    """Weights that move as one, and their bytes."""
 
     name: str
     n_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        """What they take of a card."""
+        return held_bytes(self.n_bytes)
 
 
 @dataclass(frozen=True)
@@ -105,12 +111,12 @@ class Footprint:
         return self.talker is not None
 
     def component_bytes(self, name: str) -> int:
-        """All of a component on the device."""
+        """All of a component, as it crosses the bus."""
         return sum(block.n_bytes for block in self.components[name])
 
-    def largest_block_bytes(self, name: str) -> int:
-        """Room for any one block of a component."""
-        return max(block.n_bytes for block in self.components[name])
+    def device_bytes(self, name: str) -> int:
+        """All of a component on the device."""
+        return sum(block.device_bytes for block in self.components[name])
 
 
 def read_footprint(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], *, width_bytes: int) -> Footprint:

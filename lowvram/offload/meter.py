@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .allocator import CachingAllocator
 from .profile import DEVICE_ALLOCATOR, TRACKED_LIVE_TENSORS, Moment
 
 MOST_MOMENTS = 512
@@ -36,8 +37,8 @@ class Meter(Protocol):
     @property
     def timeline(self) -> tuple[Moment, ...]: ...
 
-    def begin(self) -> None:
-        """A turn begins: forget the last one."""
+    def begin(self, held_bytes: int) -> None:
+        """A turn begins: forget the last one. So much on the device is the runtime's own by now."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Inside, what is held counts towards the phase's peak; a phase met again keeps its highest."""
@@ -103,7 +104,7 @@ class NoMeter:
         self.peaks: dict[str, int] = {}
         self.timeline: tuple[Moment, ...] = ()
 
-    def begin(self) -> None:
+    def begin(self, held_bytes: int) -> None:
         pass
 
     @contextmanager
@@ -115,7 +116,8 @@ class NoMeter:
 
 
 class AllocatorMeter:
-    """Peak bytes of tensors by torch's CUDA allocator: without the context, and without what it caches.
+    """Peak bytes of tensors by torch's CUDA allocator: without the context, without what it caches, and without what
+    was there before the turn and is not the runtime's: an application's own tensors, tables, libraries' workspaces.
 
     The allocator keeps one peak per device, so phases must not overlap, and a host application that reads the same
     peak will see it reset.
@@ -126,6 +128,7 @@ class AllocatorMeter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._phase = ""
+        self._others_bytes = 0
         self._timeline = Timeline()
         self.peaks: dict[str, int] = {}
 
@@ -133,9 +136,10 @@ class AllocatorMeter:
     def timeline(self) -> tuple[Moment, ...]:
         return self._timeline.moments
 
-    def begin(self) -> None:
+    def begin(self, held_bytes: int) -> None:
         self.peaks.clear()
         self._timeline = Timeline()
+        self._others_bytes = max(0, torch.cuda.memory_allocated(self._device) - held_bytes)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -147,15 +151,18 @@ class AllocatorMeter:
             self._take_peak()
 
     def mark(self, label: str, weights_bytes: int, kv_bytes: int) -> None:
-        peak_bytes, held_bytes = self._take_peak(), torch.cuda.memory_allocated(self._device)
+        peak_bytes, held_bytes = self._take_peak(), self._own(torch.cuda.memory_allocated(self._device))
         self._timeline.mark(label, self._phase, weights_bytes, kv_bytes, peak_bytes=peak_bytes, held_bytes=held_bytes)
 
     def _take_peak(self) -> int:
         """The peak since it was last taken, which counts towards the phase."""
-        peak_bytes = torch.cuda.max_memory_allocated(self._device)
+        peak_bytes = self._own(torch.cuda.max_memory_allocated(self._device))
         self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), peak_bytes)
         torch.cuda.reset_peak_memory_stats(self._device)
         return peak_bytes
+
+    def _own(self, n_bytes: int) -> int:
+        return max(0, n_bytes - self._others_bytes)
 
 
 @dataclass(frozen=True)
@@ -211,13 +218,18 @@ class LiveBytes(ByOperator):
     made inside: what an earlier phase left and this one drops first is not its own. Storages from before do not count
     unless `track` announces them; views and in-place results share a storage and count once. Works on real, meta and
     fake tensors. Memory that operators use inside themselves is not seen. `explain` keeps what was held at each phase's
-    peak, for `largest`; that takes twice the time.
+    peak, for `largest`; that takes twice the time. An `allocator` serves every storage that counts, and
+    `reserved_peaks` are the most that it had reserved in each phase.
     """
 
     kind = TRACKED_LIVE_TENSORS
 
-    def __init__(self, device_type: str = "cpu", *, explain: bool = False) -> None:
+    def __init__(
+        self, device_type: str = "cpu", *, explain: bool = False, allocator: CachingAllocator | None = None
+    ) -> None:
         super().__init__()
+        self.allocator = allocator
+        self.reserved_peaks: dict[str, int] = {}
         self.live_bytes = 0
         self.peak_bytes = 0
         self.peaks: dict[str, int] = {}
@@ -239,8 +251,9 @@ class LiveBytes(ByOperator):
         for tensor in tensors:
             self._note(tensor, (), "before")
 
-    def begin(self) -> None:
+    def begin(self, held_bytes: int) -> None:
         self.peaks.clear()
+        self.reserved_peaks.clear()
         self._timeline = Timeline()
 
     @contextmanager
@@ -282,11 +295,14 @@ class LiveBytes(ByOperator):
             return
         is_new = not any(_shares(other, key) for other in _tensors(given))
         n_bytes = storage.nbytes() if is_new else 0
+        give_back = self.allocator.allocate(n_bytes) if self.allocator and n_bytes else None
 
         def forget(_: object) -> None:
             self._keep_peaks()
             del self._storages[key]
             self.live_bytes -= n_bytes
+            if give_back:
+                give_back()
 
         origin = _origin(tensor, n_bytes, operator) if self._explain and n_bytes else None
         self._storages[key] = _Storage(weakref.ref(storage, forget), n_bytes, origin)
@@ -302,6 +318,8 @@ class LiveBytes(ByOperator):
             if live_bytes > self.peaks.get(phase, -1):
                 self.peaks[phase] = live_bytes
                 self._risen.add(phase)
+            if self.allocator:
+                self.reserved_peaks[phase] = max(self.allocator.reserved_bytes, self.reserved_peaks.get(phase, 0))
 
     def _keep_peaks(self) -> None:
         """Before something goes: if phases are at a new peak, this is what they hold there."""

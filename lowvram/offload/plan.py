@@ -7,8 +7,8 @@ stages that share the device; inside it they run as one pipe, across a boundary 
 
 from __future__ import annotations
 
-from collections.abc import Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
 
 from ..errors import InfeasibleBudgetError, OptionError
 from ..options import Limits
@@ -16,7 +16,7 @@ from .ahead import with_prefetch
 from .budget import MIB, Budget
 from .footprint import Footprint
 from .placement import STREAM_SLOTS, HostTier, Phase, Placement, Plan, evenly_spaced
-from .prices import COMPONENTS, ONCE, PREFILL_STAGES, Prices, Turn
+from .prices import COMPONENTS, PREFILL_STAGES, Prices, Turn
 from .ram import choose_tiers, host_bytes
 from .refusal import refuse_ram, refuse_vram, suggestions
 from .search import Choice, best_choice, leanest_choice
@@ -63,24 +63,25 @@ def plan_memory(
     *,
     device: str = "cuda",
     over: Set[str] = frozenset(),
-    begun: tuple[str, ...] = (),
+    begun: Iterable[str] = (),
 ) -> Plan:
     """The best plan for `turn` that keeps within `budget`; without a VRAM budget, everything resident in one phase.
 
-    When what is left of a turn is planned anew, stages that are `over` are left out, and those that have `begun`, if
-    any, become the first phase; what comes before them is over, too. On a CPU device and host share the RAM budget.
+    When what is left of a turn is planned anew, stages that are `over` are left out (of all but the last, when all
+    are), and those that have `begun` hold what they remember while they wait for their phase: KV caches on the host,
+    the rest, which is small, on the device. On a CPU device and host share the RAM budget.
 
     Raises InfeasibleBudgetError, with the smallest budget that works and what giving something up would save, when
     none fits; OptionError when speech is asked of a checkpoint that has none.
     """
     if turn.codes and not footprint.speaks:
         raise OptionError("speech was asked for, but this checkpoint has no talker", hint="--no-speech")
-    task = _Task(_prices(footprint, limits, turn), device, over, begun)
+    task = _Task(_prices(footprint, limits, turn, frozenset(begun), device), device, over)
     if budget.ram_bytes is not None and task.host_bytes > budget.ram_bytes:
         raise refuse_ram(turn, task.host_bytes, budget.ram_bytes)
     budget_bytes = task.device_budget_bytes(budget)
     room_bytes = NO_LIMIT_BYTES if budget_bytes is None else budget_bytes - task.reserve_bytes
-    choice = best_choice(task.prices, task.stages, room_bytes, task.first)
+    choice = best_choice(task.prices, task.stages, room_bytes)
     if choice is None:
         assert budget_bytes is not None
         raise _refusal(task, budget_bytes)
@@ -89,11 +90,11 @@ def plan_memory(
 
 def smallest_budget_bytes(footprint: Footprint, limits: Limits, turn: Turn, *, device: str = "cuda") -> int:
     """The least VRAM in which `turn` runs: one stage at a time, everything streamed that can be, smallest chunks."""
-    return _Task(_prices(footprint, limits, turn), device).smallest_budget_bytes
+    return _Task(_prices(footprint, limits, turn, frozenset(), device), device).smallest_budget_bytes
 
 
-def _prices(footprint: Footprint, limits: Limits, turn: Turn) -> Prices:
-    return Prices(footprint.speaking_in(turn.speech_dtype), limits, turn)
+def _prices(footprint: Footprint, limits: Limits, turn: Turn, begun: frozenset[str], device: str) -> Prices:
+    return Prices(footprint.speaking_in(turn.speech_dtype), limits, turn, begun, device.startswith("cpu"))
 
 
 @dataclass(frozen=True)
@@ -103,19 +104,11 @@ class _Task:
     prices: Prices
     device: str
     over: Set[str] = frozenset()
-    begun: tuple[str, ...] = ()
-
-    @property
-    def first(self) -> tuple[str, ...]:
-        """The stages of the first phase, where that is settled; what is needed only once is a phase of its own."""
-        return self.begun or tuple(stage for stage in self.stages if stage == ONCE)
 
     @property
     def stages(self) -> tuple[str, ...]:
-        left = tuple(stage for stage in self.prices.turn.stages if stage not in self.over)
-        left = left[left.index(self.begun[0]) :] if self.begun else left
-        assert left[: len(self.begun)] == self.begun, (left, self.begun)
-        return left
+        stages = self.prices.turn.stages
+        return tuple(stage for stage in stages if stage not in self.over) or stages[-1:]
 
     @property
     def has_cuda(self) -> bool:
@@ -131,7 +124,7 @@ class _Task:
 
     @property
     def leanest_phases(self) -> tuple[Phase, ...]:
-        return phases_of(self.prices, leanest_choice(self.prices, self.stages, self.first))
+        return phases_of(self.prices, leanest_choice(self.prices, self.stages))
 
     @property
     def smallest_budget_bytes(self) -> int:
@@ -146,9 +139,10 @@ class _Task:
 
     def plan(self, choice: Choice, budget_bytes: int | None, ram_bytes: int | None) -> Plan:
         turn, limits, tiers = self.prices.turn, self.prices.limits, {}
+        host_bytes = self.host_bytes + self._waiting_bytes(choice)
         blocks = {block.name: block.n_bytes for some in self.prices.footprint.components.values() for block in some}
         if ram_bytes is not None and self.has_cuda:
-            tiers = choose_tiers(self.prices.footprint, choice, ram_bytes - self.host_bytes, ram_bytes)
+            tiers = choose_tiers(self.prices.footprint, choice, ram_bytes - host_bytes, ram_bytes)
         asked = {"audio_tower": limits.audio_chunk_windows, "visual": limits.vision_chunk_patches}
         chunks = asked | {stage: way.chunk for stage, way in choice.ways.items()}
         prefill_tokens = (chunks.get(stage) for stage in PREFILL_STAGES)
@@ -167,10 +161,15 @@ class _Task:
             workspace_bytes=WORKSPACE_BYTES if self.has_cuda else 0,
             slack_bytes=SLACK_BYTES if self.has_cuda else 0,
             ram_bytes=ram_bytes,
-            host_bytes=self.host_bytes + sum(blocks[name] for name in tiers),
+            host_bytes=host_bytes + sum(blocks[name] for name in tiers),
             host_tiers=tiers,
             smallest_budget_bytes=self.smallest_budget_bytes,
         )
+
+    def _waiting_bytes(self, choice: Choice) -> int:
+        """KV caches on the host at once. They are counted, never refused: without room for them no answer could step
+        aside."""
+        return 0 if self.prices.host_is_device else max(map(self.prices.waiting_kv_bytes, choice.phases))
 
     def _with_prefetch(self, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
         """On a CPU weights are read by those who compute: nothing would be gained by doing it earlier."""
@@ -193,13 +192,13 @@ def _phase(prices: Prices, choice: Choice, stages: tuple[str, ...]) -> Phase:
         elif component in holdings:
             placements[component] = Placement.STREAMED if component in streamed else Placement.PHASE
     guests = [component for component in choice.residents if component not in holdings]
-    size_of = prices.footprint.component_bytes
+    size_of, device_bytes = prices.footprint.component_bytes, prices.footprint.device_bytes
     return Phase(
         name="+".join(VERBS[stage] for stage in stages),
         stages=stages,
         placements=placements,
-        weights_bytes=sum(way.held_bytes for way in ways) + sum(map(size_of, guests)),
-        kv_bytes=sum(way.kv_bytes for way in ways),
+        weights_bytes=sum(way.held_bytes for way in ways) + sum(map(device_bytes, guests)),
+        kv_bytes=sum(way.kv_bytes for way in ways) + prices.kept_kv_bytes(stages),
         activation_bytes=max(way.activation_bytes for way in ways) + prices.state_bytes(stages),
         traffic_bytes=sum(way.repeated_bytes for way in ways)
         + sum(size_of(component) for component in holdings if component not in choice.residents),
@@ -214,7 +213,7 @@ def _refusal(task: _Task, budget_bytes: int) -> InfeasibleBudgetError:
     binding = max(task.leanest_phases, key=lambda phase: phase.peak_bytes)
 
     def needed_bytes(turn: Turn) -> int:
-        return replace(task, prices=_prices(prices.footprint, prices.limits, turn)).smallest_budget_bytes
+        return smallest_budget_bytes(prices.footprint, prices.limits, turn, device=task.device)
 
-    savings = [] if task.over or task.begun else suggestions(prices.turn, task.smallest_budget_bytes, needed_bytes)
+    savings = [] if task.over or prices.begun else suggestions(prices.turn, task.smallest_budget_bytes, needed_bytes)
     return refuse_vram(prices.turn, binding, task.reserve_bytes, budget_bytes, savings)

@@ -6,7 +6,7 @@ stage at a time; what shares the device, and which way is taken, is `search`'s b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -170,11 +170,17 @@ class Way:
 
 @dataclass(frozen=True)
 class Prices:
-    """What a turn's stages cost on a checkpoint."""
+    """What a turn's stages cost on a checkpoint.
+
+    Those that have `begun` keep what they remember on the device while any of them is at it; their KV caches wait on
+    the host for a phase of theirs, which on a CPU is where they are.
+    """
 
     footprint: Footprint
     limits: Limits
     turn: Turn
+    begun: frozenset[str] = frozenset()
+    host_is_device: bool = False
 
     def ways(self, stage: str, prefill_tokens: int) -> list[Way]:
         """All ways to run a stage, least repeated first, then the largest chunk, then the most held."""
@@ -187,7 +193,7 @@ class Prices:
                 chunk,
                 passes,
                 (holding, *(whole_holding(self.footprint.components[c]) for c in components[1:])),
-                holding.held_bytes + sum(self.footprint.component_bytes(c) for c in components[1:]),
+                holding.held_bytes + sum(self.footprint.device_bytes(c) for c in components[1:]),
                 kv_bytes,
                 activation_bytes,
             )
@@ -265,14 +271,28 @@ class Prices:
                 assert footprint.sound
                 return footprint.sound.activation_bytes(turn.decoding)
 
-    def state_bytes(self, stages: Sequence[str]) -> int:
-        """What stages of a phase keep between steps, whichever of them is computing."""
+    def waiting_kv_bytes(self, stages: Iterable[str]) -> int:
+        """KV caches that wait while these stages share the device."""
+        return sum(map(self.kv_bytes, self._waiting(stages)))
+
+    def kept_kv_bytes(self, stages: Iterable[str]) -> int:
+        """Of those that wait, what is on the device all the same."""
+        return self.waiting_kv_bytes(stages) if self.host_is_device else 0
+
+    def state_bytes(self, stages: Iterable[str]) -> int:
+        """What is kept between steps while these stages share the device, whichever of them is computing: by them, and
+        by those that wait."""
         footprint, storing = self.footprint, (self.footprint.width_bytes, self.turn.kv)
         kept = {"thinker": footprint.thinker.state_bytes(*storing)}
         if footprint.talker and footprint.sound:
             kept["talker"] = footprint.talker.state_bytes(*storing)
             kept["token2wav"] = footprint.sound.state_bytes(self.turn.decoding)
-        return sum(kept.get(stage, 0) for stage in stages)
+        return sum(kept.get(stage, 0) for stage in self._waiting(stages).union(stages))
+
+    def _waiting(self, stages: Iterable[str]) -> frozenset[str]:
+        """Those that have begun and are not at it while these share the device. When it is the turn of stages of which
+        none has begun, all that had are over."""
+        return frozenset() if self.begun.isdisjoint(stages) else self.begun.difference(stages)
 
     def _holdings(self, component: str, passes: int) -> Sequence[Holding]:
         if component not in STREAMABLE:
@@ -283,7 +303,7 @@ class Prices:
 
 
 def whole_holding(blocks: Sequence[BlockSize]) -> Holding:
-    return Holding(len(blocks) - 1, 0, sum(block.n_bytes for block in blocks), 0)
+    return Holding(len(blocks) - 1, 0, sum(block.device_bytes for block in blocks), 0)
 
 
 @lru_cache(maxsize=32)
@@ -300,11 +320,12 @@ def holdings_of(blocks: tuple[BlockSize, ...]) -> tuple[Holding, ...]:
 
 
 def _holding(blocks: Sequence[BlockSize], kept: frozenset[int]) -> Holding:
-    *layers, rest = [block.n_bytes for block in blocks]
-    streamed = [n_bytes for i, n_bytes in enumerate(layers) if i not in kept]
-    slots_bytes = min(STREAM_SLOTS, len(streamed)) * max(streamed)
-    kept_bytes = sum(layers) - sum(streamed)
-    return Holding(len(kept), len(streamed), kept_bytes + rest + slots_bytes, sum(streamed))
+    *layers, rest = blocks
+    streamed = [layer for i, layer in enumerate(layers) if i not in kept]
+    slots_bytes = min(STREAM_SLOTS, len(streamed)) * max(layer.device_bytes for layer in streamed)
+    kept_bytes = sum(layer.device_bytes for i, layer in enumerate(layers) if i in kept)
+    held_bytes = kept_bytes + rest.device_bytes + slots_bytes
+    return Holding(len(kept), len(streamed), held_bytes, sum(layer.n_bytes for layer in streamed))
 
 
 def _halvings(asked: int, smallest: int, at_most: int) -> tuple[int, ...]:

@@ -15,10 +15,12 @@ from .plan import Plan
 
 PLANNED = "planned"
 TRACED = "traced"
+SIMULATED_ALLOCATOR = "simulated allocator"
 DEVICE_ALLOCATOR = "device allocator"
 TRACKED_LIVE_TENSORS = "tracked live tensors"
-KINDS = (PLANNED, TRACED, DEVICE_ALLOCATOR, TRACKED_LIVE_TENSORS)
-"""Computed from sizes; counted on fake tensors; and measured, by the two kinds of meter."""
+KINDS = (PLANNED, TRACED, SIMULATED_ALLOCATOR, DEVICE_ALLOCATOR, TRACKED_LIVE_TENSORS)
+"""Computed from sizes; counted on fake tensors; what an allocator would reserve for those; and measured, by the two
+kinds of meter."""
 
 
 @dataclass(frozen=True)

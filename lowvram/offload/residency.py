@@ -195,5 +195,9 @@ class Residency:
             self._past_misses += ring.misses
             for block in ring.blocks:
                 del self._rings[block.name]
-        if blocks or rings:
-            self._transfer.trim()
+        self._trim()
+
+    def _trim(self) -> None:
+        """Also where no block goes: a phase's KV cache may have, and a small tensor that came to lie in its segment
+        would keep all of that from the blocks to come."""
+        self._transfer.trim()

@@ -32,18 +32,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Settled:
-    """Ways that repeat least at one prefill chunk: for each run that cannot be cut, the picks to choose among."""
+    """Ways that repeat least at one prefill chunk: for each stage those to choose among."""
 
     prefill_tokens: int
     repeated_bytes: int
-    runs: tuple[tuple[tuple[Way, ...], ...], ...]
+    offers: tuple[tuple[Way, ...], ...]
 
 
-def best_choice(prices: Prices, stages: Run, room_bytes: int, begun: Run = ()) -> Choice | None:
-    """The best way to run `stages` in `room_bytes`, the reserve not counted; None if there is none.
-
-    `begun`, if any, are the first of `stages`, and stay a phase of their own.
-    """
+def best_choice(prices: Prices, stages: Run, room_bytes: int) -> Choice | None:
+    """The best way to run `stages` in `room_bytes`, the reserve not counted; None if there is none."""
     turn, shelf = prices.turn, _Shelf.of(prices, stages)
 
     def burden(way: tuple[tuple[Run, ...], _Settled]) -> tuple[int, int]:
@@ -52,7 +49,7 @@ def best_choice(prices: Prices, stages: Run, room_bytes: int, begun: Run = ()) -
         drained = turn.text_tokens * ("thinker" in ends) + turn.codes * ("talker" in ends)
         return drained, -(-turn.prompt_tokens // settled.prefill_tokens)
 
-    ways = product(_cuts(stages, begun), _least_repeating(prices, _finest(stages, begun), room_bytes))
+    ways = product(_cuts(stages), _least_repeating(prices, stages, room_bytes))
     for _, equals in groupby(sorted(ways, key=burden), key=burden):
         choices = [c for phases, settled in equals for c in _choices(prices, phases, settled, room_bytes, shelf)]
         if choices:
@@ -60,97 +57,57 @@ def best_choice(prices: Prices, stages: Run, room_bytes: int, begun: Run = ()) -
     return None
 
 
-def leanest_choice(prices: Prices, stages: Run, begun: Run = ()) -> Choice:
+def leanest_choice(prices: Prices, stages: Run) -> Choice:
     """The way that needs least: one stage at a time, the least of its weights held, the smallest chunks."""
     smallest_tokens = prices.chunks("thinker")[-1]
     ways = {
         stage: min(prices.ways(stage, smallest_tokens), key=lambda way: (way.base_bytes, way.activation_bytes))
         for stage in stages
     }
-    return Choice(_finest(stages, begun), ways, frozenset())
+    return Choice(tuple((stage,) for stage in stages), ways, frozenset())
 
 
 def shared_bytes(prices: Prices, ways: Sequence[Way]) -> int:
     """What a phase needs whose stages run in these ways, residents of other phases not counted. Stages compute in
     turn, so of their activations the largest counts."""
-    state_bytes = prices.state_bytes([way.stage for way in ways])
-    return sum(way.base_bytes for way in ways) + max(way.activation_bytes for way in ways) + state_bytes
+    stages = [way.stage for way in ways]
+    kept_bytes = prices.state_bytes(stages) + prices.kept_kv_bytes(stages)
+    return sum(way.base_bytes for way in ways) + max(way.activation_bytes for way in ways) + kept_bytes
 
 
-def _finest(stages: Run, begun: Run) -> tuple[Run, ...]:
-    """As many phases as there can be."""
-    return (*((begun,) if begun else ()), *((stage,) for stage in stages[len(begun) :]))
-
-
-def _cuts(stages: Run, begun: Run) -> Iterator[tuple[Run, ...]]:
-    """All ways to cut a row of stages into phases, from few phases to many."""
+def _cuts(stages: Run) -> Iterator[tuple[Run, ...]]:
+    """All ways to cut a row of stages into phases, from few phases to many; what is needed only once is one of its
+    own."""
     for cuts in _subsets(range(1, len(stages))):
         bounds = (0, *cuts, len(stages))
         phases = tuple(stages[start:stop] for start, stop in pairwise(bounds))
-        if not begun or phases[0] == begun:
+        if all(run == (ONCE,) for run in phases if ONCE in run):
             yield phases
 
 
-def _least_repeating(prices: Prices, runs: tuple[Run, ...], room_bytes: int) -> list[_Settled]:
-    """What each run settles on, at those prefill chunks at which all together repeat least."""
+def _least_repeating(prices: Prices, stages: Run, room_bytes: int) -> list[_Settled]:
+    """What each stage settles on, at those prefill chunks at which all together repeat least."""
     found = []
     for prefill_tokens in prices.chunks("thinker"):
-        settled = [_settle(prices, run, prefill_tokens, room_bytes) for run in runs]
-        if all(settled):
-            repeated_bytes = sum(way.repeated_bytes for picks in settled for way in picks[0])
-            found.append(_Settled(prefill_tokens, repeated_bytes, tuple(settled)))
+        offers = tuple(_settle(prices, stage, prefill_tokens, room_bytes) for stage in stages)
+        if all(offers):
+            found.append(_Settled(prefill_tokens, sum(ways[0].repeated_bytes for ways in offers), offers))
     least_bytes = min((settled.repeated_bytes for settled in found), default=0)
     return [settled for settled in found if settled.repeated_bytes == least_bytes]
 
 
-def _settle(prices: Prices, run: Run, prefill_tokens: int, room_bytes: int) -> tuple[tuple[Way, ...], ...]:
-    """Of all picks of one way for each stage that fit together, those that repeat least; empty if none fits.
-
-    The stage of most passes picks first, for a byte that it keeps saves most; no pick is followed further once it is
-    sure to repeat more than one that was found.
-    """
-    offers = sorted((prices.ways(stage, prefill_tokens) for stage in run), key=lambda ways: -ways[0].passes)
-    found: dict[int, list[tuple[Way, ...]]] = {}
-
-    def extend(picked: tuple[Way, ...], repeated_bytes: int, left_bytes: int) -> None:
-        if len(picked) == len(offers):
-            if shared_bytes(prices, picked) <= room_bytes:
-                found.setdefault(repeated_bytes, []).append(picked)
-            return
-        others = offers[len(picked) + 1 :]
-        for way in offers[len(picked)]:
-            more_bytes, fewer_bytes = repeated_bytes + way.repeated_bytes, left_bytes - way.base_bytes
-            least_bytes = _least_repeats(others, fewer_bytes)
-            if least_bytes is not None and more_bytes + least_bytes <= min(found, default=more_bytes + least_bytes):
-                extend((*picked, way), more_bytes, fewer_bytes)
-
-    narrowest_bytes = max(min(way.activation_bytes for way in ways) for ways in offers)
-    extend((), 0, room_bytes - narrowest_bytes - prices.state_bytes(run))
-    return tuple(found[min(found)]) if found else ()
-
-
-def _least_repeats(offers: Sequence[Sequence[Way]], room_bytes: int) -> int | None:
-    """A bound: what these stages repeat at the least in `room_bytes`; None if they do not fit at all.
-
-    As if weights could be cut anywhere and slots took no room: what does not fit is taken from the stages of fewest
-    passes.
-    """
-    if sum(min(way.base_bytes for way in ways) for ways in offers) > room_bytes:
-        return None
-    repeated_bytes, excess_bytes = 0, sum(ways[0].base_bytes for ways in offers) - room_bytes
-    for ways in sorted(offers, key=lambda ways: ways[0].passes):
-        streamed_bytes = max(0, min(excess_bytes, ways[0].held_bytes))
-        repeated_bytes += streamed_bytes * (min(way.passes for way in ways) - 1)
-        excess_bytes -= streamed_bytes
-    return repeated_bytes
+def _settle(prices: Prices, stage: str, prefill_tokens: int, room_bytes: int) -> tuple[Way, ...]:
+    """Of the ways to run a stage that fit alone, those that repeat least; empty if none fits."""
+    fitting = [way for way in prices.ways(stage, prefill_tokens) if shared_bytes(prices, [way]) <= room_bytes]
+    return tuple(way for way in fitting if way.repeated_bytes == fitting[0].repeated_bytes)
 
 
 def _choices(
     prices: Prices, phases: tuple[Run, ...], settled: _Settled, room_bytes: int, shelf: _Shelf
 ) -> Iterator[Choice]:
     """Every pick of settled ways that fits these phases, with the most that can stay on the device between them."""
-    for picks in product(*settled.runs):
-        ways = {way.stage: way for way in chain.from_iterable(picks)}
+    for picks in product(*settled.offers):
+        ways = {way.stage: way for way in picks}
         rooms = [(run, room_bytes - shared_bytes(prices, [ways[stage] for stage in run])) for run in phases]
         if all(left_bytes >= 0 for _, left_bytes in rooms):
             yield Choice(phases, ways, shelf.most(ways, rooms))
@@ -159,7 +116,7 @@ def _choices(
 def _lesser_burden(prices: Prices, choice: Choice) -> tuple[int, ...]:
     """What tells choices of equal burden apart: weights moved once, then phases, streamed stages, passes, the peak."""
     ways = choice.ways.values()
-    stays = sum(prices.footprint.component_bytes(component) for component in choice.residents)
+    stays = sum(prices.footprint.device_bytes(component) for component in choice.residents)
     peaks = (shared_bytes(prices, [choice.ways[stage] for stage in run]) for run in choice.phases)
     streamed = sum(not way.is_whole for way in ways)
     return -stays, len(choice.phases), streamed, sum(way.passes for way in ways), max(peaks)
@@ -180,7 +137,7 @@ class _Shelf:
     def of(cls, prices: Prices, stages: Run) -> _Shelf:
         own = {stage: COMPONENTS[stage] if stage != ONCE else () for stage in stages}
         components = tuple(chain.from_iterable(own.values()))
-        sizes = [prices.footprint.component_bytes(c) for c in components]
+        sizes = [prices.footprint.device_bytes(c) for c in components]
         sets = range(2 ** len(sizes))
         bytes_of = tuple(sum(n_bytes for i, n_bytes in enumerate(sizes) if mask >> i & 1) for mask in sets)
         mask_of = {stage: sum(1 << components.index(c) for c in own[stage]) for stage in stages}

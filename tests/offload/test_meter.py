@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowvram.offload.meter import MOST_MOMENTS, LiveBytes, Meter, Timeline, open_meter, process_bytes
+from lowvram.offload.budget import GIB
+from lowvram.offload.meter import MOST_MOMENTS, AllocatorMeter, LiveBytes, Meter, Timeline, open_meter, process_bytes
 from lowvram.offload.profile import Moment
 
 KIB_OF_FLOATS = 256
@@ -217,7 +218,7 @@ def test_a_turn_begins_without_the_last_ones_peaks_and_moments():
         with ledger.phase("see"):
             torch.zeros(KIB_OF_FLOATS)
         ledger.mark("see", 0, 0)
-        ledger.begin()
+        ledger.begin(0)
     assert (ledger.peaks, ledger.timeline) == ({}, ())
 
 
@@ -241,3 +242,16 @@ def test_the_resident_set_holds_what_was_just_written():
     after = process_bytes()
     assert after.resident_bytes - before.resident_bytes > block.nbytes // 2
     assert after.peak_resident_bytes is None or after.peak_resident_bytes >= block.nbytes
+
+
+def test_what_an_application_holds_is_no_part_of_a_phases_peak(monkeypatch: pytest.MonkeyPatch):
+    ours, theirs = 2 * GIB, 3 * GIB
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _device: ours + theirs)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda _device: ours + theirs + GIB)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda _device: None)
+    meter = AllocatorMeter(torch.device("cuda", 0))
+    meter.begin(held_bytes=ours)
+    with meter.phase("think"):
+        meter.mark("text", weights_bytes=ours, kv_bytes=0)
+    assert meter.peaks == {"think": 3 * GIB}
+    assert [moment.total_bytes for moment in meter.timeline] == [ours]  # nothing is known of weights that have come

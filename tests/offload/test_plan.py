@@ -14,7 +14,7 @@ from turns import CHAT, MINUTE, QUARTER, clip
 
 from lowvram.errors import InfeasibleBudgetError, OptionError
 from lowvram.offload.budget import GIB, MIB, Budget
-from lowvram.offload.footprint import Footprint
+from lowvram.offload.footprint import BLOCK_ALIGNMENT_BYTES, Footprint
 from lowvram.offload.plan import (
     COMPONENTS,
     STREAM_SLOTS,
@@ -25,6 +25,7 @@ from lowvram.offload.plan import (
     plan_memory,
     smallest_budget_bytes,
 )
+from lowvram.offload.prices import Prices
 from lowvram.options import Limits
 
 LIMITS = Limits()
@@ -105,11 +106,11 @@ def test_a_minute_of_video_answered_in_speech_fits_8_gib(seven_b: Footprint):
 @pytest.mark.parametrize(
     ("turn", "gib"),
     [
-        (clip(15), 4.91),  # at most 5.3 was asked for
-        (clip(30), 5.55),  # 5.9
-        (clip(60), 6.82),  # 7.2
-        (clip(60, kv="int8"), 5.56),  # 5.9
-        (clip(600, grid=(16, 24), kv="int8"), 6.25),  # ten minutes: 57,600 + 15,000 tokens; 12
+        (clip(15), 4.93),  # at most 5.3 was asked for
+        (clip(30), 5.56),  # 5.9
+        (clip(60), 6.83),  # 7.2
+        (clip(60, kv="int8"), 5.57),  # 5.9
+        (clip(600, grid=(16, 24), kv="int8"), 6.26),  # ten minutes: 57,600 + 15,000 tokens; 12
     ],
 )
 def test_a_clip_is_thought_about_without_streaming_in_a_small_card(seven_b: Footprint, turn: Turn, gib: float):
@@ -122,8 +123,8 @@ def test_a_clip_is_thought_about_without_streaming_in_a_small_card(seven_b: Foot
     ("turn", "gib"),
     [
         (clip(15), 2.48),  # at most 3.0 was asked for
-        (clip(60), 4.38),
-        (clip(600, grid=(16, 24), kv="int8"), 3.81),  # 12
+        (clip(60), 4.39),
+        (clip(600, grid=(16, 24), kv="int8"), 3.82),  # 12
     ],
 )
 def test_the_smallest_card_for_a_clip_answered_in_speech(seven_b: Footprint, turn: Turn, gib: float):
@@ -229,12 +230,12 @@ def test_a_new_voice_needs_no_larger_card(seven_b: Footprint):
 
 def sounding(footprint: Footprint, gib: float, **options: Any) -> Any:
     """The last phase of a chat within a budget beside the reserve, when sound alone is left to make."""
-    turn = replace(CHAT, **options)
-    return planned(footprint, gib + RESERVE_BYTES / GIB, turn, begun=("token2wav",)).phases[-1]
+    turn, over = replace(CHAT, **options), frozenset({"thinker", "talker"})
+    return planned(footprint, gib + RESERVE_BYTES / GIB, turn, over=over, begun=["token2wav"]).phases[-1]
 
 
 def test_the_dit_streams_what_does_not_fit(seven_b: Footprint):
-    assert sounding(seven_b, 1.2).placements["dit"] is not Placement.STREAMED
+    assert sounding(seven_b, 1.25).placements["dit"] is not Placement.STREAMED
     kept = [sounding(seven_b, gib).kept_layers["dit"] for gib in (0.7, 0.9, 1.1)]
     assert kept == sorted(kept) and len(set(kept)) == 3
 
@@ -249,8 +250,10 @@ def test_a_streamed_dit_moves_once_a_chunk_in_offload_and_once_an_evaluation_oth
 
 def test_half_precision_halves_the_layers_of_the_dit_alone(seven_b: Footprint):
     single, half = (sounding(seven_b, 4, speech_dtype=dtype) for dtype in ("float32", "bfloat16"))
-    layers_bytes = sum(block.n_bytes for block in seven_b.components["dit"][:-1])
-    assert single.weights_bytes - half.weights_bytes == layers_bytes // 2
+    halved = seven_b.speaking_in("bfloat16")
+    for whole_block, half_block in zip(seven_b.components["dit"][:-1], halved.components["dit"], strict=False):
+        assert half_block.n_bytes == pytest.approx(whole_block.n_bytes / 2, abs=BLOCK_ALIGNMENT_BYTES)
+    assert single.weights_bytes - half.weights_bytes == seven_b.device_bytes("dit") - halved.device_bytes("dit")
 
 
 def test_offload_makes_room_for_all_evaluations_at_once(seven_b: Footprint):
@@ -279,9 +282,9 @@ def test_layers_that_stay_leave_no_room_for_another(seven_b: Footprint):
 
 def test_a_streamed_component_holds_its_slots_its_kept_layers_and_the_rest(seven_b: Footprint):
     think = phase_of(planned(seven_b, 6), "thinker")
-    layer_bytes, rest_bytes = (seven_b.components["thinker"][i].n_bytes for i in (0, -1))
+    layer_bytes, rest_bytes = (seven_b.components["thinker"][i].device_bytes for i in (0, -1))
     thinker_bytes = (2 + think.kept_layers["thinker"]) * layer_bytes + rest_bytes
-    assert think.weights_bytes == thinker_bytes + seven_b.component_bytes("lm_head")
+    assert think.weights_bytes == thinker_bytes + seven_b.device_bytes("lm_head")
 
 
 def test_streamed_layers_cross_the_bus_at_every_pass_and_the_others_once(seven_b: Footprint):
@@ -425,52 +428,88 @@ def test_the_smallest_budget_works_and_a_mebibyte_less_is_refused(seven_b: Footp
 # A turn in progress
 
 
-def test_a_phase_in_progress_stays_the_first_and_earlier_stages_are_left_out(seven_b: Footprint):
-    plan = planned(seven_b, 9, begun=("thinker",))
-    assert plan.phases[0].stages == ("thinker",)
-    assert [stage for phase in plan.phases for stage in phase.stages] == ["thinker", "talker", "token2wav"]
-    assert not plan.placements.keys() & {"audio_tower", "visual"}
+ENCODED = frozenset({"audio_tower", "visual"})
+ANSWERING = ("thinker", "talker", "token2wav")
 
 
-def test_a_shared_phase_in_progress_streams_what_it_must(seven_b: Footprint):
-    plan = planned(seven_b, 9, begun=("thinker", "talker", "token2wav"))
-    (phase,) = plan.phases
-    assert plan.peak_bytes <= 9 * GIB
-    # The talker is walked four times as often as the thinker, and five times as often as the DiT: it is kept first.
-    assert phase.kept_layers["talker"] > phase.kept_layers["thinker"] + phase.kept_layers["dit"]
+def test_stages_that_are_over_are_left_out_and_the_others_are_cut_as_their_room_allows(seven_b: Footprint):
+    names = [[phase.name for phase in planned(seven_b, gib, over=ENCODED).phases] for gib in (6, 12, 24)]
+    assert names == [["think", "talk", "sound"], ["think", "talk+sound"], ["think+talk+sound"]]
 
 
-def test_what_comes_after_a_phase_in_progress_is_cut_as_its_room_allows(seven_b: Footprint):
-    names = [[phase.name for phase in planned(seven_b, gib, begun=("thinker",)).phases] for gib in (6, 12, 24)]
-    assert names == [["think", "talk", "sound"], ["think", "talk+sound"], ["think", "talk+sound"]]
-
-
-@properties
-@given(turn=turns, data=st.data())
-def test_any_phase_in_progress_can_go_on_within_what_it_needs_and_no_less(
-    seven_b: Footprint, turn: Turn, data: st.DataObject
-):
-    first, last = sorted(data.draw(st.tuples(*[st.integers(0, len(turn.stages) - 1)] * 2)))
-    begun = turn.stages[first : last + 1]
-    with pytest.raises(InfeasibleBudgetError) as refused:
-        plan_memory(seven_b, Budget(1), LIMITS, turn, begun=begun)
-    plan = plan_memory(seven_b, Budget(refused.value.needed_bytes), LIMITS, turn, begun=begun)
-    assert plan.phases[0].stages == begun
-    assert tuple(stage for phase in plan.phases for stage in phase.stages) == turn.stages[first:]
-    with pytest.raises(InfeasibleBudgetError):
-        plan_memory(seven_b, Budget(refused.value.needed_bytes - 1), LIMITS, turn, begun=begun)
-
-
-def test_stages_that_are_over_are_left_out_and_what_has_not_begun_is_cut_as_its_room_allows(seven_b: Footprint):
-    heard = frozenset({"audio_tower", "visual"})
-    names = [[phase.name for phase in planned(seven_b, gib, over=heard).phases] for gib in (6, 12, 24)]
+def test_so_are_stages_that_have_begun_together(seven_b: Footprint):
+    names = [
+        [phase.name for phase in planned(seven_b, gib, over=ENCODED, begun=ANSWERING).phases] for gib in (6, 12, 24)
+    ]
     assert names == [["think", "talk", "sound"], ["think", "talk+sound"], ["think+talk+sound"]]
 
 
 def test_a_stage_between_two_that_have_begun_may_be_over(seven_b: Footprint):
     """Speech may end before the text does, while sound is still to be made of it."""
-    plan = planned(seven_b, 24, over=frozenset({"talker"}), begun=("thinker", "token2wav"))
+    plan = planned(seven_b, 24, over=ENCODED | {"talker"}, begun=("thinker", "token2wav"))
     assert [phase.stages for phase in plan.phases] == [("thinker", "token2wav")]
+
+
+def test_when_all_stages_are_over_there_is_a_plan_for_the_last(seven_b: Footprint):
+    assert [phase.name for phase in planned(seven_b, 24, over=frozenset(MINUTE.stages)).phases] == ["sound"]
+
+
+def test_a_cache_that_waits_is_the_hosts_and_a_small_state_the_devices(seven_b: Footprint):
+    """In the last phase both decoders may wait: while sound gets done what it is at, before the text is written on."""
+    assert seven_b.talker is not None and seven_b.sound is not None
+    fresh, cut = (planned(seven_b, 6, over=ENCODED, begun=begun) for begun in ((), ANSWERING))
+    assert [phase.kv_bytes for phase in cut.phases] == [phase.kv_bytes for phase in fresh.phases]
+    assert cut.host_bytes - fresh.host_bytes == sum(phase.kv_bytes for phase in fresh.phases)
+    decoders_bytes = seven_b.thinker.state_bytes(2) + seven_b.talker.state_bytes(2)
+    assert cut.phases[2].activation_bytes - fresh.phases[2].activation_bytes == decoders_bytes
+
+
+def test_on_a_cpu_a_cache_that_waits_takes_its_room_all_the_same(seven_b: Footprint):
+    fresh, cut = (planned(seven_b, 9, over=ENCODED, begun=begun, device="cpu") for begun in ((), ANSWERING))
+    both_bytes = phase_of(fresh, "thinker").kv_bytes + phase_of(fresh, "talker").kv_bytes
+    assert len(cut.phases) > 1
+    assert {phase.kv_bytes for phase in cut.phases} == {both_bytes}
+    assert cut.host_bytes == fresh.host_bytes
+
+
+def test_caches_that_wait_on_the_host_leave_less_of_its_budget_to_weights(seven_b: Footprint):
+    def kept_bytes(*begun: str) -> int:
+        budget = Budget(6 * GIB, 8 * GIB)
+        plan = plan_memory(seven_b, budget, LIMITS, MINUTE, over=ENCODED, begun=begun)
+        assert plan.host_bytes <= 8 * GIB
+        sizes = {block.name: block.n_bytes for blocks in seven_b.components.values() for block in blocks}
+        return sum(sizes[name] for name in plan.host_tiers)
+
+    assert kept_bytes() - kept_bytes(*ANSWERING) > 2 * GIB
+
+
+@properties
+@given(turn=turns, data=st.data())
+def test_what_is_left_of_a_turn_goes_on_in_what_the_turn_could_have_begun_in_and_what_it_remembers(
+    seven_b: Footprint, turn: Turn, data: st.DataObject
+):
+    first, last = sorted(data.draw(st.tuples(*[st.integers(0, len(turn.stages) - 1)] * 2)))
+    over, begun = frozenset(turn.stages[:first]), turn.stages[first : last + 1]
+    with pytest.raises(InfeasibleBudgetError) as refused:
+        plan_memory(seven_b, Budget(1), LIMITS, turn, over=over, begun=begun)
+    needed_bytes = refused.value.needed_bytes
+    remembered_bytes = Prices(seven_b, LIMITS, turn).state_bytes(begun)
+    assert needed_bytes <= smallest_budget_bytes(seven_b, LIMITS, turn) + remembered_bytes
+    plan = plan_memory(seven_b, Budget(needed_bytes), LIMITS, turn, over=over, begun=begun)
+    assert tuple(stage for phase in plan.phases for stage in phase.stages) == turn.stages[first:]
+    assert max(held for held, _ in walked(plan, seven_b)) <= plan.peak_bytes <= needed_bytes
+    with pytest.raises(InfeasibleBudgetError):
+        plan_memory(seven_b, Budget(needed_bytes - 1), LIMITS, turn, over=over, begun=begun)
+
+
+@pytest.mark.parametrize(("seconds", "gib"), [(15, 2.50), (60, 4.41)])
+def test_speech_that_has_begun_with_the_text_needs_a_hundredth_more_than_the_smallest_card(
+    seven_b: Footprint, seconds: int, gib: float
+):
+    """In one phase it needed 3.97 and 7.51."""
+    plan = planned(seven_b, gib, clip(seconds), over=ENCODED, begun=ANSWERING)
+    assert plan.smallest_budget_bytes is not None
+    assert gib - 0.01 <= plan.smallest_budget_bytes / GIB <= gib
 
 
 # What comes ahead of its phase

@@ -80,3 +80,19 @@ def test_what_stages_remember_stays_while_others_compute(seven_b: Footprint):
     kept = seven_b.talker.state_bytes(2) + seven_b.sound.state_bytes(Decoding())
     assert prices.state_bytes(("talker", "token2wav")) == kept
     assert prices.state_bytes(("audio_tower", "visual")) == 0
+
+
+def test_what_has_begun_remembers_on_the_device_until_all_of_it_is_over(seven_b: Footprint):
+    prices = Prices(seven_b, Limits(), MINUTE)
+    waiting = replace(prices, begun=frozenset({"thinker", "talker"}))
+    assert waiting.state_bytes(("thinker",)) == prices.state_bytes(("thinker", "talker"))
+    assert waiting.state_bytes(("talker", "token2wav")) == prices.state_bytes(("thinker", "talker", "token2wav"))
+    assert waiting.state_bytes(("token2wav",)) == prices.state_bytes(("token2wav",))
+
+
+def test_caches_of_what_has_begun_wait_on_the_host_if_that_is_another_place(seven_b: Footprint):
+    prices = Prices(seven_b, Limits(), MINUTE, begun=frozenset({"thinker", "talker"}))
+    for waiting, stages in (("talker", ("thinker",)), ("thinker", ("talker", "token2wav"))):
+        assert prices.waiting_kv_bytes(stages) == prices.kv_bytes(waiting)
+        assert prices.kept_kv_bytes(stages) == 0
+        assert replace(prices, host_is_device=True).kept_kv_bytes(stages) == prices.kv_bytes(waiting)

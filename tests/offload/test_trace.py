@@ -14,14 +14,15 @@ from lowvram.checkpoint import Headers, TensorHeader
 from lowvram.demo.config import TINY, omni_config
 from lowvram.demo.weights import stored_tensors
 from lowvram.model import OmniModel
+from lowvram.offload.ahead import blocks_ahead, divide
 from lowvram.offload.budget import Budget
 from lowvram.offload.footprint import Footprint, read_footprint
 from lowvram.offload.meter import LiveBytes
 from lowvram.offload.plan import Placement, Plan, Turn, plan_memory
-from lowvram.offload.profile import PLANNED, TRACED, MemoryProfile
+from lowvram.offload.profile import PLANNED, SIMULATED_ALLOCATOR, TRACED, MemoryProfile
 from lowvram.options import Limits, SamplingParams, SpeechParams
 from lowvram.shapes import shipped_headers
-from lowvram.trace import trace_turn, traceable_model
+from lowvram.trace import allocator_of, trace_turn, traceable_model
 from lowvram.workload import turn_of
 
 BRIEF_SPEECH = SpeechParams(steps=3)
@@ -134,10 +135,13 @@ def test_a_plan_is_never_below_what_the_code_holds_and_at_most_15_percent_above(
 def test_each_way_to_decode_speech_is_planned_as_it_runs(seven_b_awq: Traceable, speech: SpeechParams):
     """What the DiT computes with and remembers is a small part of a phase, so it is held against its own plan."""
     turn = turn_of(60, (), 0, SamplingParams(max_tokens=64), speech, "16bit")
-    traced = seven_b_awq.trace(turn, "3GiB", speech).columns[TRACED]
-    for phase in seven_b_awq.plan(turn, "3GiB").phases:
+    traced, phases = seven_b_awq.trace(turn, "3GiB", speech).columns[TRACED], seven_b_awq.plan(turn, "3GiB").phases
+    components = seven_b_awq.footprint.speaking_in(speech.dtype).components
+    for phase, following in zip(phases, (*phases[1:], None), strict=True):
         if phase.stages in [("conditioning",), ("token2wav",)]:
-            traced_bytes = traced.pop(phase.name) - phase.weights_bytes - phase.prefetch_bytes
+            coming = blocks_ahead(phase, following, components) if following else ()
+            weights_bytes = sum(block.n_bytes for block in (*divide(phase, components)[0], *coming))
+            traced_bytes = traced.pop(phase.name) - weights_bytes
             assert traced_bytes <= phase.activation_bytes <= 1.3 * traced_bytes, (phase.name, speech)
     assert list(traced) == ["think", "talk"]
 
@@ -163,6 +167,30 @@ def test_a_longer_clip_holds_more_by_its_kv_cache_alone(tiny: Traceable):
     kv_bytes = [tiny.plan(turn, None).phases[0].kv_bytes for turn in turns]
     short, long = (max(tiny.trace(turn, None).columns[TRACED].values()) for turn in turns)
     assert long - short == kv_bytes[1] - kv_bytes[0]
+
+
+@pytest.mark.parametrize(
+    ("turn", "vram"),
+    [(spoken(15), "3GiB"), (spoken(15), "10GiB"), (spoken(60), "8GiB"), (spoken(60), "12GiB")],
+    ids=["15 s in 3 GiB", "15 s in 10 GiB", "60 s in 8 GiB", "60 s in 12 GiB"],
+)
+def test_a_card_of_what_is_planned_does_not_run_out_by_how_its_allocator_keeps_memory(
+    seven_b_awq: Traceable, turn: Turn, vram: str
+):
+    peak_bytes = seven_b_awq.plan(turn, vram).peak_bytes
+    plan = seven_b_awq.plan(turn, f"{peak_bytes}")
+    allocator = allocator_of(plan)
+    seven_b_awq.trace(turn, f"{peak_bytes}", ledger=LiveBytes("meta", allocator=allocator))
+    assert allocator.short_bytes == 0
+
+
+def test_a_card_that_would_run_out_is_told_of(tiny: Traceable, caplog: pytest.LogCaptureFixture):
+    plan = tiny.plan(SMALL, None)
+    allocator = allocator_of(replace(plan, budget_bytes=plan.context_bytes + plan.workspace_bytes))
+    profile = tiny.trace(SMALL, None, ledger=LiveBytes("meta", allocator=allocator))
+    assert "would run out by" in caplog.text
+    traced, reserved = profile.columns[TRACED], profile.columns[SIMULATED_ALLOCATOR]
+    assert all(reserved[phase] >= traced[phase] for phase in traced)
 
 
 def highest(profile: MemoryProfile) -> dict[str, int]:

@@ -21,6 +21,7 @@ from sim.device import DEVICE, Card, simulated_card
 from test_turn import MEDIA, MESSAGES
 
 from lowvram.device import Device
+from lowvram.errors import InfeasibleBudgetError
 from lowvram.events import AudioChunk, Event, Finished
 from lowvram.offload.meter import NoMeter
 from lowvram.offload.plan import Plan
@@ -75,7 +76,7 @@ class CardMeter(NoMeter):
         self.caches: dict[str, int] = {}
         self.ends: dict[str, int] = {}
 
-    def begin(self) -> None:
+    def begin(self, held_bytes: int) -> None:
         self._begun_at = self._card.allocations
         for column in (self.peaks, self.weights, self.caches, self.ends):
             column.clear()
@@ -173,6 +174,14 @@ class Host:
     def set_capacity(self, n_bytes: int) -> None:
         """Give the card so much room besides the tables, and let nothing more happen to it."""
         self.card.restore(self.tables_bytes + n_bytes)
+
+    def least_bytes_left(self) -> int:
+        """The smallest budget in which the answer in the making can go on."""
+        try:
+            self.omni.set_budget(1)
+        except InfeasibleBudgetError as error:  # not `pytest.raises`, which would keep frames, and tensors in them
+            return error.needed_bytes
+        raise AssertionError("nothing runs in a byte")
 
     def moments(self, question: Question, count: int) -> list[int]:
         """Allocations spread over a whole turn, each at another place of its layer; to find them one turn is run."""
