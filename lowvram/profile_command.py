@@ -20,7 +20,7 @@ from .device import DTYPES, Device
 from .events import Event, Finished
 from .offload.budget import Budget, format_bytes
 from .offload.meter import LiveBytes, Meter, open_meter
-from .offload.profile import MemoryProfile
+from .offload.profile import KINDS, MemoryProfile
 from .options import Limits, MediaParams, SamplingParams, SpeechParams
 from .planning import plan_without_loading
 from .profile_file import MEANINGS, ProfileFile, card_lines, make_card, read_profile, write_file, write_profile
@@ -129,12 +129,12 @@ def measure_answer(
 
 
 def profile_text(recorded: ProfileFile, *, as_json: bool = False) -> str:
-    """A profile on a terminal: the card, the peaks by phase, the plan, and what the counted figures are; or JSON."""
+    """A profile on a terminal: the card, the peaks by phase, the plan, and what each kind of figure is; or JSON."""
     if as_json:
         return json.dumps(recorded.to_json())
     card = (f"{name}: {words}" for name, words in card_lines(recorded.card))
-    counted = f"{recorded.counted}: {MEANINGS[recorded.counted]}"
-    return "\n".join([*card, "", str(recorded.profile), "", str(recorded.plan), "", counted])
+    kinds = (f"{kind}: {MEANINGS[kind]}" for kind in KINDS if kind in recorded.profile.columns)
+    return "\n".join([*card, "", str(recorded.profile), "", str(recorded.plan), "", *kinds])
 
 
 def patience(meter: Meter | None) -> str:
