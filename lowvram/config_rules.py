@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from sys import getrecursionlimit
 from typing import Any
 
 from .errors import CheckpointError
@@ -66,6 +67,7 @@ def _is_number(value: Any) -> bool:
 
 WIDTH = _whole(1, WIDEST)
 PLACE = _whole(0, LONGEST)
+ABOVE_0 = Rule(_is_above_0, "a finite number above 0")
 _KEYS: tuple[tuple[Rule, str], ...] = (
     (_whole(1, MOST_LAYERS), "num_hidden_layers encoder_layers depth"),
     (
@@ -80,7 +82,7 @@ _KEYS: tuple[tuple[Rule, str], ...] = (
         " enc_se_channels upsample_initial_channel position_id_per_seconds seconds_per_chunk",
     ),
     (_whole(1, MOST_TABLE_ROWS), "max_source_positions"),
-    (_whole(1, LONGEST), "vocab_size max_position_embeddings"),
+    (_whole(1, LONGEST), "vocab_size max_position_embeddings original_max_position_embeddings"),
     (_or_null(WIDTH), "head_dim sliding_window"),
     (
         _list_of(WIDTH),
@@ -89,11 +91,11 @@ _KEYS: tuple[tuple[Rule, str], ...] = (
     ),
     (_list_of(PLACE, fewest=0), "fullatt_block_indexes look_ahead_layers look_backward_layers"),
     (_list_of(_list_of(WIDTH)), "resblock_dilation_sizes"),
-    (Rule(_is_above_0, "a finite number above 0"), "rope_theta"),
+    (ABOVE_0, "rope_theta factor"),
+    (_or_null(ABOVE_0), "attention_factor beta_fast beta_slow mscale mscale_all_dim"),
     (Rule(_is_share, "a number from 0 to 1"), "dropout attention_dropout"),
     (_or_null(Rule(lambda value: isinstance(value, str), "a word")), "torch_dtype dtype"),
     (_one_of("silu", "gelu"), "hidden_act activation_function"),
-    (_one_of("default", "mrope"), "rope_type"),
 )
 RULES: Mapping[str, Rule] = {key: rule for rule, keys in _KEYS for key in keys.split()}
 """By key: what the published configs have, in either of their spellings, and the demo's."""
@@ -101,6 +103,10 @@ RULES: Mapping[str, Rule] = {key: rule for rule, keys in _KEYS for key in keys.s
 ID = _or_null(PLACE)
 IDS = Rule(lambda value: ID.holds(value) or _list_of(PLACE).holds(value), f"{ID.expected}, or a list of such")
 SECTION = Rule(lambda value: isinstance(value, Mapping), "an object {...}")
+MAY_BE_NULL = {
+    *("quantization_config", "rope_scaling", "rope_parameters"),
+    *("extra_config", "sparsity_config", "transform_config"),  # of tools that quantize
+}
 
 PARTS_OF = {
     "num_heads": "hidden_size",
@@ -109,6 +115,11 @@ PARTS_OF = {
 }
 """What divides what."""
 DECODER_KEYS = {"hidden_size", "num_attention_heads", "num_key_value_heads"}
+TOWER_KEY = "depth"
+STRETCHING = ("linear", "yarn")
+TURNS_OF_TOWER, TURNS = ("default", "axial"), ("default", *STRETCHING)
+"""How positions turn queries and keys. The modelling library writes `axial` where it saves the tower of pictures;
+fine-tunes for long prompts stretch, by a factor."""
 PUBLISHED_SECTIONS = (16, 24, 24)
 """What the modelling library takes where a decoder's config has no mrope_section."""
 
@@ -117,7 +128,10 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError for the first value in the model's sections that cannot be, by its key and `path`."""
     for key in (*THINKING, *SPEAKING) if config.get("enable_audio_output", True) else THINKING:
         if key in config:
-            _check(key, config[key], key, path)
+            try:
+                _check(key, config[key], key, path)
+            except RecursionError as error:
+                raise _refusal(f"nests {key} deeper than {getrecursionlimit():,} calls can follow", path) from error
 
 
 def check_ids(generation: Mapping[str, Any], path: Path) -> None:
@@ -142,7 +156,7 @@ def _rule_of(key: str) -> Rule | None:
         return IDS
     if key.endswith(("_token_id", "_token_index")):
         return ID
-    if key in ("quantization_config", "rope_scaling", "rope_parameters"):
+    if key in MAY_BE_NULL:
         return _or_null(SECTION)
     if key.endswith("_config"):
         return SECTION
@@ -154,12 +168,21 @@ def _contradictions(section: Mapping[str, Any]) -> Iterator[str]:
     for part, whole in PARTS_OF.items():
         if part in section and whole in section and section[whole] % section[part]:
             yield f"{section[part]:,} {part}, which do not divide {whole} {section[whole]:,}"
+    rotary = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    yield from _faults_of_turn(rotary, TURNS_OF_TOWER if TOWER_KEY in section else TURNS)
     if section.keys() >= DECODER_KEYS:
         pairs = (section.get("head_dim") or section["hidden_size"] // section["num_attention_heads"]) // 2
-        rotary = section.get("rope_parameters") or section.get("rope_scaling") or {}
         turned = sum(rotary.get("mrope_section", PUBLISHED_SECTIONS))
         if turned != pairs:
             yield f"an mrope_section of {turned:,} pairs in all, but a head has {pairs:,}"
+
+
+def _faults_of_turn(rotary: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:
+    turn = rotary.get("rope_type", rotary.get("type", known[0]))
+    if turn not in known:
+        yield f"a rope_type of {_shown(turn)}, which must be one of {', '.join(known)}"
+    elif turn in STRETCHING and "factor" not in rotary:
+        yield f"a rope_type of {turn} without the factor that it takes"
 
 
 def _require(rule: Rule, value: Any, where: str, path: Path) -> None:

@@ -81,7 +81,9 @@ class MemoryCap:
         if self._device.type != "cuda":
             yield
             return
-        fraction, share = _fraction_of(self._device), _Share(self._others_bytes, max(0, budget_bytes - CONTEXT_BYTES))
+        share = _Share(self._others_bytes, max(0, budget_bytes - CONTEXT_BYTES))
+        with _finding:
+            fraction = _fraction_of(self._device)
         fraction.lend(share)
         try:
             yield
@@ -135,6 +137,10 @@ def _fraction_of(device: torch.device) -> _Fraction:
     return _Fraction(device)
 
 
+_finding = Lock()
+"""Two threads that both were the first would each get a fraction of their own."""
+
+
 def _taken_bytes(device: torch.device) -> int:
     """Of what torch has from the driver, that which it could not give back: tensors, and the gaps between them. The
     rest of what is reserved is free for whoever asks next."""
@@ -148,7 +154,7 @@ def exact_convolutions(device: torch.device) -> Iterator[None]:
 
     By torch's default cuDNN rounds their factors to TF32 (11 bits) on Ampere cards and later, which costs a vocoder as
     much as half precision would: 46 to 56 dB are left. The switch is the process's, and is as it was when all of those
-    that are inside at once have left.
+    that are inside at once have left; meanwhile torch refuses to read its older form, `torch.backends.cudnn.allow_tf32`.
     """
     if device.type != "cuda":
         yield

@@ -108,8 +108,13 @@ class KVCache:
         return self._filled[layer_idx]
 
     @property
+    def device(self) -> torch.device:
+        """Where it is now."""
+        return self._stores[0].device
+
+    @property
     def n_bytes(self) -> int:
-        """Device bytes allocated for positions, filled or not."""
+        """Bytes allocated for positions, filled or not, wherever it is."""
         return sum(store.nbytes for store in self._stores)
 
     def rewind(self, length: int) -> None:

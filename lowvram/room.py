@@ -123,7 +123,7 @@ class Room:
         self._trim = trim
         self._control = control
         self._replan_for = replan
-        self._budget = control.budget
+        self._budget = _budget_of(plan, control.budget)
         self._loading: Iterator[tuple[int, int]] = iter(())
         self._caches: dict[str, KVCache] = {}
         self._captures: list[Callable[[], None]] = []
@@ -147,14 +147,18 @@ class Room:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV caches that this phase holds."""
-        return sum(cache.n_bytes for stage, cache in self._caches.items() if stage in self.phase.stages)
+        """Bytes of the KV caches that are on the device now."""
+        return sum(cache.n_bytes for cache in self._caches.values() if cache.device == self._device)
 
     def begin(self, stage: str) -> bool:
-        """Whether a stage begins now, as one of the phase in force. From then on plans count what it remembers."""
+        """Whether a stage begins now, as one of the phase in force. From then on plans count what it remembers.
+
+        It is never the second before the first: where another plan joins phases after the first was asked for in vain,
+        both begin when their phase comes again.
+        """
         with self._deciding:
             self._heed_budget()
-            begins = stage in self.phase.stages and stage not in self._begun
+            begins = stage == next((other for other in self.phase.stages if other not in self._begun), None)
             if begins:
                 self._begun = (*self._begun, stage)
             return begins
@@ -369,6 +373,12 @@ class Room:
             needed_bytes=phase.peak_bytes,
             hint="another program may have taken the room: name a smaller budget, or close it",
         )
+
+
+def _budget_of(plan: Plan, named: Budget) -> Budget:
+    """What a plan was made for. That may be another one than is named by now: then it is to be heeded yet."""
+    made_for = Budget(plan.budget_bytes, plan.ram_bytes)
+    return named if named == made_for else made_for
 
 
 def _is_smaller(budget: Budget, other: Budget) -> bool:

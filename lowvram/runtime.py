@@ -316,6 +316,7 @@ class OmniRuntime:
                 events.close()
 
     def _next(self, turn: Turn, events: Iterator[Event]) -> Event | None:
+        turn.control.wait_while_released()  # here, so that whoever has the device meanwhile meets no cap of ours
         assert self.budget.vram_bytes is not None, "what is granted is a number"
         with self._stepping, exact_convolutions(self.device.torch):
             held_bytes = self._machine.residency.live_bytes + turn.room.kv_bytes

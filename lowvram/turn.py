@@ -142,12 +142,14 @@ class Turn:
                 if self.room.plan is plan:
                     self._compare_with(plan, phase)
         except Cancelled:
+            self._streams.clear()  # first: text that was held back may be shown
             yield from self._take_outbox()
         except BudgetExceededError as error:
             error.profile = self._profile()
             self.machine.residency.release()  # residents, too: whoever has the device now needs it
             raise
         finally:
+            self._streams.clear()  # they hold caches, and this turn, which holds them: else they would stay for a while
             self.room.leave()
             self.machine.conditionings.settle()
         yield self._finished()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniConfig
 
 from lowvram.config_rules import check_config, check_ids
 from lowvram.demo import TINY
@@ -83,6 +84,10 @@ def test_the_refusal_says_what_is_there_and_what_could_be():
         ("thinker_config.vision_config.fullatt_block_indexes", [1, -1], "[1, -1] for"),
         ("thinker_config.vision_config.num_heads", 3, "3 num_heads, which do not divide hidden_size 32"),
         ("talker_config.rope_scaling", {}, "mrope_section of 64 pairs in all, but a head has 16"),
+        ("talker_config.rope_scaling.rope_type", "axial", '"axial", which must be one of default, linear, yarn'),
+        ("talker_config.rope_scaling.rope_type", "yarn", "a rope_type of yarn without the factor that it takes"),
+        ("talker_config.rope_scaling", {"type": "mrope"}, 'gives talker_config a rope_type of "mrope", which must be'),
+        ("talker_config.rope_scaling", {"type": "yarn", "factor": 0}, "0 for talker_config.rope_scaling.factor"),
         ("token2wav_config.bigvgan_config.upsample_rates", [], "a list of at least 1"),
         ("token2wav_config.bigvgan_config.resblock_dilation_sizes", [[1, "3"]], "each a list of at least 1"),
         (
@@ -107,14 +112,41 @@ def test_other_values_that_cannot_be_are_refused(where: str, value: Any, says: s
         ("thinker_config.text_config.sliding_window", None),
         ("token2wav_config.dit_config.look_ahead_layers", []),
         ("odd_key", {"hidden_size": -1}),
+        ("quantization_config.sparsity_config", None),
     ],
 )
 def test_what_a_config_may_leave_out_passes(where: str, value: Any):
     check_config(changed(where, value), PATH)
 
 
+@pytest.mark.parametrize("model", FILES)
+def test_what_the_modelling_library_saves_of_the_published_configs_passes(model: str, tmp_path: Path):
+    """Fine-tunes are saved by it, in its own spelling."""
+    headers = shipped_headers(model)
+    assert headers
+    Qwen2_5OmniConfig.from_dict(dict(headers.config)).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["thinker_config"]["vision_config"]["rope_parameters"]["rope_type"] == "axial"
+    check_config(saved, PATH)
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize("turn", ["linear", "yarn"])
+def test_a_fine_tune_for_long_prompts_passes(key: str, turn: str):
+    stretched = {key: turn, "factor": 4.0, "original_max_position_embeddings": 32768}
+    text = CONFIG["thinker_config"]["text_config"]["rope_scaling"]
+    sections = {"mrope_section": text["mrope_section"]}
+    check_config(changed("thinker_config.text_config.rope_scaling", sections | stretched), PATH)
+
+
 def test_what_is_about_speech_may_be_anything_where_there_is_none():
     check_config({**CONFIG, "enable_audio_output": False, "talker_config": None, "token2wav_config": None}, PATH)
+
+
+def test_sections_in_sections_without_end_are_refused():
+    nested = reduce(lambda inner, _: {"a": inner}, range(5000), dict[str, Any]())
+    with pytest.raises(CheckpointError, match=r"^config\.json nests thinker_config deeper than"):
+        check_config({**CONFIG, "thinker_config": nested}, PATH)
 
 
 def test_ids_that_end_an_answer_are_whole_numbers():

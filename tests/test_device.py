@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError, Thread
 
 import pytest
 import torch
@@ -138,6 +140,28 @@ def test_runtimes_that_compute_at_once_have_a_budget_each_and_leave_no_cap_behin
     assert card.allowed_bytes == budgets[first_leaves_first] - CONTEXT_BYTES
     staying.__exit__(None, None, None)
     assert card.fraction == 1.0
+
+
+def test_runtimes_that_are_both_the_first_to_compute_share_a_cap(card: Card, monkeypatch: pytest.MonkeyPatch):
+    in_time, made = Barrier(2), []
+
+    def slowly(_device: torch.device) -> Card:
+        made.append(card)
+        with suppress(BrokenBarrierError):
+            in_time.wait(0.1)
+        return card
+
+    def compute() -> None:
+        with MemoryCap(CUDA, held_bytes=0).at(GIB):
+            pass
+
+    monkeypatch.setattr("torch.cuda.get_device_properties", slowly)
+    threads = [Thread(target=compute) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert made == [card]
 
 
 def test_a_step_that_fails_leaves_no_cap_behind(card: Card):

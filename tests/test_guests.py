@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +17,10 @@ import pytest
 import torch
 from test_turn import MEDIA, MESSAGES, SAMPLING, SPEECH, assert_same_answer
 
+from lowvram.device import MemoryCap
 from lowvram.errors import BudgetExceededError, InfeasibleBudgetError, LowVRAMError
 from lowvram.events import AudioChunk, Event, Finished, TextDelta
+from lowvram.kv_cache import KVCache
 from lowvram.options import SamplingParams
 from lowvram.room import Room
 from lowvram.runtime import OmniRuntime
@@ -159,6 +163,29 @@ def test_releasing_from_another_thread_at_any_moment_changes_nothing(omni: OmniR
     assert_same_answer(said, undisturbed)
 
 
+def test_an_answer_that_is_closed_early_leaves_no_cache_to_the_garbage_collector(
+    omni: OmniRuntime, monkeypatch: pytest.MonkeyPatch
+):
+    caches: list[weakref.ref[KVCache]] = []
+    hold = Room.hold
+
+    def noted(room: Room, stage: str, make_cache: Callable[[], KVCache]) -> KVCache:
+        cache = hold(room, stage, make_cache)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(Room, "hold", noted)
+    gc.disable()
+    try:
+        events = ask(omni)
+        next(event for event in events if isinstance(event, TextDelta))
+        events.close()
+        assert caches
+        assert not any(cache() for cache in caches)
+    finally:
+        gc.enable()
+
+
 def test_a_released_answer_waits_and_can_be_cancelled(omni: OmniRuntime):
     events = ask(omni)
     next(event for event in events if isinstance(event, TextDelta))
@@ -172,6 +199,32 @@ def test_a_released_answer_waits_and_can_be_cancelled(omni: OmniRuntime):
     waiting.join(30)
     assert rest[-1].finish_reason == "cancelled"
     assert omni._machine.residency.live_bytes == 0
+
+
+def test_a_released_answer_lends_no_cap_and_goes_on_under_that_of_the_budget_named_meanwhile(
+    omni: OmniRuntime, monkeypatch: pytest.MonkeyPatch
+):
+    caps: list[int] = []
+
+    @contextmanager
+    def noted(_cap: MemoryCap, budget_bytes: int) -> Iterator[None]:
+        caps.append(budget_bytes)
+        yield
+
+    monkeypatch.setattr(MemoryCap, "at", noted)
+    events = greet(omni)
+    next(events)
+    omni.release()
+    caps.clear()
+    going_on = threading.Thread(target=lambda: next(events), daemon=True)
+    going_on.start()
+    going_on.join(0.05)
+    assert caps == []
+    omni.set_budget("1GiB")
+    omni.resume()
+    going_on.join(10)
+    assert caps == [2**30]
+    events.close()
 
 
 def test_a_released_runtime_answers_again_after_resume(omni: OmniRuntime, undisturbed: Any):

@@ -81,12 +81,13 @@ class Shelf:
 
 
 class Cache:
-    """Stands for a KV cache: knows where it is."""
+    """Stands for a KV cache: knows where it is, and how large."""
 
-    place = CPU
+    device = CPU
+    n_bytes = 100
 
     def move(self, device: torch.device) -> None:
-        self.place = device
+        self.device = device
 
 
 def replan(budget: Budget, over: frozenset[str], begun: tuple[str, ...]) -> Plan:
@@ -218,6 +219,14 @@ def test_another_budget_holds_from_the_next_step_on():
     assert turn.shelf.diary == [("plan", 500), ("way", 500), ("enter", 500)]
 
 
+def test_a_budget_named_after_the_plan_was_made_and_before_its_turn_holds_from_the_first_step_on():
+    turn = Turn()
+    turn.control.set_budget(Budget(500))
+    room = Room(turn.shelf, CPU, turn.shelf.trim, turn.control, plan_within(1000, *STAGES), replan)
+    room.attempt(lambda: None)
+    assert room.plan.budget_bytes == 500
+
+
 def test_a_plan_that_takes_over_goes_on_with_its_own_phases():
     turn = Turn()
     turn.control.set_budget(Budget(500))
@@ -234,7 +243,7 @@ def test_a_released_room_is_empty_and_the_step_waits():
     waiting = threading.Thread(target=lambda: turn.room.attempt(done.set), daemon=True)
     waiting.start()
     assert not done.wait(0.05)
-    assert cache.place == CPU
+    assert cache.device == CPU
     assert turn.shelf.diary[-2:] == ["release", "trim"]
     turn.control.resume()
     waiting.join(10)
@@ -249,7 +258,7 @@ def test_a_resumed_room_has_its_caches_and_weights_back():
     turn.control.resume()
     turn.shelf.diary.clear()
     turn.room.attempt(lambda: None)
-    assert cache.place == torch.device("meta")
+    assert cache.device == torch.device("meta")
     assert turn.shelf.diary == [("way", 1000), ("enter", 1000)]
 
 
@@ -308,6 +317,14 @@ def test_a_stage_begins_in_its_own_phase_only_and_once():
     assert not turn.room.begin("talker")
 
 
+def test_no_stage_begins_before_the_one_that_it_hears():
+    """Another thread joins the phases just after the first stage was told that it is not its turn."""
+    turn = in_one_phase()
+    assert not turn.room.begin("talker")
+    assert turn.room.begin("thinker")
+    assert turn.room.begin("talker")
+
+
 def test_stages_that_have_not_begun_are_cut_from_those_that_have():
     turn = in_one_phase()
     assert turn.room.begin("thinker")
@@ -343,7 +360,7 @@ def cut_in_the_middle(device: torch.device = CPU) -> tuple[Turn, Cache, Cache]:
     for stage in STAGES:
         turn.room.begin(stage)
         caches.append(turn.room.hold(stage, Cache))
-        caches[-1].place = device
+        caches[-1].device = device
     turn.room.accept(Budget(500))
     turn.shelf.diary.clear()
     return turn, *caches
@@ -360,8 +377,18 @@ def test_a_step_finds_its_own_stages_phase_there_and_the_other_stages_cache_away
     device = torch.device("meta")
     turn, thinking, talking = cut_in_the_middle(device)
     for stage, places in (("talker", (CPU, device)), ("thinker", (device, CPU)), ("talker", (CPU, device))):
-        seen = turn.room.attempt(lambda: (thinking.place, talking.place), stage=stage)
+        seen = turn.room.attempt(lambda: (thinking.device, talking.device), stage=stage)
         assert seen == places
+
+
+def test_caches_that_wait_on_the_host_are_not_counted():
+    turn, *_ = cut_in_the_middle(torch.device("meta"))
+    counts = [turn.room.kv_bytes]
+    for ask in (lambda: None, turn.control.release):
+        ask()
+        turn.room.adapt()
+        counts.append(turn.room.kv_bytes)
+    assert counts == [200, 100, 0]
 
 
 def test_what_goes_to_and_fro_goes_before_anything_comes():

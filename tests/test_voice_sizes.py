@@ -81,6 +81,38 @@ def test_no_damage_to_the_pickle_escapes_as_an_error(tmp_path: Path):
         assert longest_voice_frames(tmp_path) >= 0
 
 
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}r" + (2**31 - 1).to_bytes(4, "little") + b".",
+        b"\x80\x05\x96" + (2**50).to_bytes(8, "little") + b".",
+        b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"K\x01s.",
+        b"\x80\x02)" + b"q\x00h\x00\x86" * 60 + b")R.",
+        b"\x80\x02}" + b"(" * 400_000 + b"t" * 400_000 + b".",
+        b"\x80\x02ctorch\nLongStorage\nN}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86b.",
+    ],
+    ids=[
+        "a memo of 2 billion",
+        "a petabyte",
+        "a key that takes years to hash",
+        "a name that fills a disk",
+        "marks in marks",
+        "a changed function",
+    ],
+)
+def test_a_small_pickle_that_asks_for_much_costs_little(tmp_path: Path, pickled: bytes):
+    with ZipFile(tmp_path / "spk_dict.pt", "w") as saved:
+        saved.writestr("spk_dict/data.pkl", pickled)
+    assert longest_voice_frames(tmp_path) == 0
+
+
+@pytest.mark.parametrize("frames", [-1, 2**40, "300", 1e30, None])
+def test_a_number_of_frames_that_cannot_be_is_none(tmp_path: Path, frames: Any):
+    with ZipFile(tmp_path / "spk_dict.pt", "w") as saved:
+        saved.writestr("spk_dict/data.pkl", pickle.dumps({"a": {"ref_mel": (1, frames)}}, protocol=2))
+    assert longest_voice_frames(tmp_path) == 0
+
+
 def test_a_zip_of_something_else_has_no_voices(tmp_path: Path):
     with ZipFile(tmp_path / "spk_dict.pt", "w") as saved:
         saved.writestr("letter.txt", "hello")

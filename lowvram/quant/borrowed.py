@@ -18,9 +18,9 @@ from subprocess import CalledProcessError
 import torch
 from torch import Tensor
 
-from .packing import TensorSpec, pack_awq, unpack_awq
+from .packing import TensorSpec
 from .reference import ReferenceBackend
-from .triton_backend import FEW_ROWS, SELF_TEST_TOLERANCE
+from .triton_backend import FEW_ROWS, SELF_TEST_TOLERANCE, self_test
 
 GROUP_SIZES = (32, 64, 128)
 """Those that both projects say the kernel was made for."""
@@ -57,7 +57,7 @@ class BorrowedBackend(ABC):
         except (ImportError, AttributeError, OSError, RuntimeError) as missing:  # an old package meets new libraries
             return f"{cls.name} cannot be imported ({missing}): pip install 'lowvram[{cls.name}]'"
         try:
-            error = cls().self_test(device, dtype)
+            error = self_test(cls().matmul, device, dtype)
         except (TritonError, RuntimeError, OSError, CalledProcessError, TypeError, ValueError) as failure:
             return f"its kernel fails on this machine: {failure}"  # the last two: another version's other arguments
         return "" if error < SELF_TEST_TOLERANCE else f"its kernel is wrong on this machine, by {error:.1%}"
@@ -79,20 +79,6 @@ class BorrowedBackend(ABC):
             return self._reference.matmul(x, weights, group_size)
         out = self.multiply(rows, weights["qweight"], weights["qzeros"], weights["scales"])
         return out.view(*x.shape[:-1], out.shape[1])
-
-    def self_test(self, device: torch.device, dtype: torch.dtype) -> float:
-        """The largest relative error of a small linear of several groups and tiles, for one row and for two tiles of
-        them."""
-        generator = torch.Generator().manual_seed(0)
-        in_features, out_features, group_size = 256, 72, 64
-        stored = pack_awq(torch.randn(out_features, in_features, generator=generator), group_size)
-        layout = self.layout(in_features, out_features, group_size, dtype)
-        weights = {leaf: torch.empty(spec.shape, dtype=spec.dtype, device=device) for leaf, spec in layout.items()}
-        self.pack(*stored, group_size, weights)
-        x = torch.randn(33, in_features, generator=generator).to(dtype)
-        exact = x.float() @ unpack_awq(*stored, group_size, torch.float32).t()
-        products = [self.matmul(x[:rows].to(device), weights, group_size).cpu() for rows in (1, len(x))]
-        return max(float((y - exact[: len(y)]).norm() / exact[: len(y)].norm()) for y in products)
 
     @staticmethod
     @abstractmethod

@@ -4,6 +4,7 @@
 // become floats, which is exact, and one instruction adds their products with a row's inputs to eight sums. A group ends
 // with totals += scale * sums; the eight totals are added at the column's end. Compiled after `team.c`.
 
+#include <cpuid.h>
 #include <immintrin.h>
 
 #define TARGET __attribute__((target("avx2,fma,f16c")))
@@ -76,8 +77,10 @@ INLINE void multiply_tile(const Product *p, int64_t column, int64_t row, int col
 
 // Whether this processor has the instructions.
 int lowvram_supported(void) {
+    unsigned a, b, of_1, d; // what CPUID gives of leaf 1: GCC before 11 knows no "f16c" by name
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &of_1, &d) &&
+           (of_1 & bit_F16C) != 0;
 }
 
 // All rows by the pieces from `first` to before `last`. A row has the same bits whatever comes with it.

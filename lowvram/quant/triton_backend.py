@@ -8,7 +8,7 @@ and compiled for every architecture, but has not run on a card yet, so nothing c
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from subprocess import CalledProcessError
 
 import torch
@@ -54,7 +54,7 @@ class TritonBackend:
         except ImportError as missing:
             return f"triton cannot be imported ({missing}): pip install triton"
         try:
-            error = self_test(device, dtype)
+            error = self_test(TritonBackend().matmul, device, dtype)
         except (TritonError, RuntimeError, OSError, CalledProcessError) as failure:
             return f"its kernel fails on this machine: {failure}"
         return "" if error < SELF_TEST_TOLERANCE else f"its kernel is wrong on this machine, by {error:.1%}"
@@ -80,13 +80,17 @@ class TritonBackend:
         return out.view(*x.shape[:-1], out.shape[1])
 
 
-def self_test(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error of a small linear of several groups and tiles, for one row and for two tiles of
-    them."""
+def self_test(
+    matmul: Callable[[Tensor, Mapping[str, Tensor], int], Tensor], device: torch.device, dtype: torch.dtype
+) -> float:
+    """The largest relative error of a product with AWQ's own tensors in a small linear of several groups and tiles, for
+    one row and for more than one tile of them."""
     generator = torch.Generator().manual_seed(0)
-    stored = pack_awq(torch.randn(72, 4 * RUN, generator=generator), 2 * RUN)
+    in_features, out_features, group_size = 8 * RUN, 72, 2 * RUN
+    stored = pack_awq(torch.randn(out_features, in_features, generator=generator), group_size)
     weights = dict(zip(("qweight", "qzeros", "scales"), (tensor.to(device) for tensor in stored), strict=True))
-    x = torch.randn(17, 4 * RUN, generator=generator).to(dtype)
-    exact = x.float() @ unpack_awq(*stored, 2 * RUN, torch.float32).t()
-    products = [TritonBackend().matmul(x[:rows].to(device), weights, 2 * RUN).cpu() for rows in (1, len(x))]
-    return max(float((y - exact[: len(y)]).norm() / exact[: len(y)].norm()) for y in products)
+    x = torch.randn(33, in_features, generator=generator).to(dtype)
+    exact = x.float() @ unpack_awq(*stored, group_size, torch.float32).t()
+    products = [matmul(x[:rows].to(device), weights, group_size).cpu() for rows in (1, len(x))]
+    errors = torch.stack([(y - exact[: len(y)]).norm() / exact[: len(y)].norm() for y in products])
+    return float(errors.max())  # NaN, if any is

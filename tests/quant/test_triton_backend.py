@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from lowvram.errors import BackendError
 from lowvram.quant import triton_backend
 from lowvram.quant.matmul import choose_backend
+from lowvram.quant.reference import ReferenceBackend
 from lowvram.quant.triton_backend import FEW_ROWS, SELF_TEST_TOLERANCE, TritonBackend
 
 CPU = torch.device("cpu")
@@ -88,8 +90,17 @@ def test_the_self_test_notices_a_misread_tensor(kernel: ModuleType, monkeypatch:
         return right(rows, *(stored | {leaf: stored[leaf].roll(1, 0)}).values(), group_size)
 
     monkeypatch.setattr(kernel, "multiply", slips)
-    assert triton_backend.self_test(CPU, torch.float32) > SELF_TEST_TOLERANCE
+    assert triton_backend.self_test(TritonBackend().matmul, CPU, torch.float32) > SELF_TEST_TOLERANCE
     assert "is wrong on this machine" in TritonBackend.obstacle(CPU, torch.float32)
+
+
+@pytest.mark.parametrize("wrong_rows", [1, 33])
+def test_the_self_test_notices_what_is_no_number_in_either_product(wrong_rows: int):
+    def slips(x: Tensor, weights: Mapping[str, Tensor], group_size: int) -> Tensor:
+        product = ReferenceBackend().matmul(x, weights, group_size)
+        return product.fill_(torch.nan) if len(x) == wrong_rows else product
+
+    assert not triton_backend.self_test(slips, CPU, torch.float32) < SELF_TEST_TOLERANCE
 
 
 def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
