@@ -154,7 +154,7 @@ def exact_convolutions(device: torch.device) -> Iterator[None]:
 
     By torch's default cuDNN rounds their factors to TF32 (11 bits) on Ampere cards and later, which costs a vocoder as
     much as half precision would: 46 to 56 dB are left. The switch is the process's, and is as it was when all of those
-    that are inside at once have left; meanwhile torch refuses to read its older form, `torch.backends.cudnn.allow_tf32`.
+    that are inside at once have left; meanwhile torch refuses to read its older form, `cudnn.allow_tf32`.
     """
     if device.type != "cuda":
         yield
