@@ -316,7 +316,9 @@ class OmniRuntime:
                 events.close()
 
     def _next(self, turn: Turn, events: Iterator[Event]) -> Event | None:
-        turn.control.wait_while_released()  # here, so that whoever has the device meanwhile meets no cap of ours
+        if turn.control.released:  # perhaps inside the last step, which has not heeded it
+            self._adapt()
+            turn.control.wait_while_released()  # here, so that whoever has the device meanwhile meets no cap of ours
         assert self.budget.vram_bytes is not None, "what is granted is a number"
         with self._stepping, exact_convolutions(self.device.torch):
             held_bytes = self._machine.residency.live_bytes + turn.room.kv_bytes

@@ -98,7 +98,8 @@ def trace_turn(
     speech = speech or SpeechParams()
     model.speak_in(getattr(torch, speech.dtype))
     machine = _machine(model, plan, ledger)
-    turn = _TracedTurn(machine, _request(model, plan, workload, speech), Control(Budget()), time.perf_counter())
+    control = Control(Budget(plan.budget_bytes, plan.ram_bytes))
+    turn = _TracedTurn(machine, _request(model, plan, workload, speech), control, time.perf_counter())
     with _HostSide(_script(model, speech)), ledger:
         for _ in turn.run():
             pass
