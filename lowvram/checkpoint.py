@@ -1,4 +1,4 @@
-"""A hub id or a folder -> a Qwen2.5-Omni checkpoint: its config, its voices, and where each published tensor lies.
+"""A hub id or a folder -> a Qwen2.5-Omni checkpoint: its config, and where each published tensor lies.
 
 Headers are read here rather than by safetensors because placement needs offsets and errors need names. No weight is
 read until a `TensorReader` is asked for it, and none is ever mapped whole.
@@ -11,7 +11,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -23,7 +23,6 @@ from .errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-Omni-7B-AWQ"
 DEMO = "demo"
@@ -122,7 +121,7 @@ class Checkpoint:
 
     @property
     def speakers_path(self) -> Path:
-        """The voices, see `load_speakers`. A checkpoint that does not speak has no such file."""
+        """The voices, see `voices.load_speakers`. A checkpoint that does not speak has no such file."""
         return self.folder / SPEAKERS_FILE
 
 
@@ -230,12 +229,12 @@ def read_tensors(folder: Path) -> Mapping[str, TensorEntry]:
         for entry in read_header(folder / file):
             if entry.name in tensors:
                 first = tensors[entry.name].path.name
-                raise _damaged(entry.path, f"holds tensor {entry.name}, which {first} holds too", entry.name)
+                raise damaged(entry.path, f"holds tensor {entry.name}, which {first} holds too", entry.name)
             tensors[entry.name] = entry
     for name, file in listed.items():
         if name not in tensors or tensors[name].path.name != file:
             where = f"it lies in {tensors[name].path.name}" if name in tensors else "no file holds it"
-            raise _damaged(folder / file, f"lacks tensor {name}, which {INDEX_FILE} puts there: {where}", name)
+            raise damaged(folder / file, f"lacks tensor {name}, which {INDEX_FILE} puts there: {where}", name)
     return MappingProxyType(tensors)
 
 
@@ -245,10 +244,10 @@ def read_index(path: Path) -> dict[str, str]:
         return {}
     weight_map = _read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise _damaged(path, "has no weight_map")
+        raise damaged(path, "has no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise _damaged(path, f"puts tensor {name} into {file!r}, which is not a file of this folder", name)
+            raise damaged(path, f"puts tensor {name} into {file!r}, which is not a file of this folder", name)
     return weight_map
 
 
@@ -264,14 +263,14 @@ def read_header(path: Path) -> list[TensorEntry]:
             file_bytes = os.fstat(file.fileno()).st_size
             header_bytes = int.from_bytes(file.read(8), "little")
             if file_bytes < 8 or header_bytes > MAX_HEADER_BYTES:
-                raise _damaged(path, f"does not begin with a safetensors header ({file_bytes:,} bytes in all)")
+                raise damaged(path, f"does not begin with a safetensors header ({file_bytes:,} bytes in all)")
             text = file.read(header_bytes)
     except FileNotFoundError as error:
         raise _missing(path) from error
     except OSError as error:
-        raise _damaged(path, f"cannot be read: {error.strerror}") from error
+        raise damaged(path, f"cannot be read: {error.strerror}") from error
     if len(text) < header_bytes:
-        raise _damaged(path, f"is truncated inside its header: {file_bytes:,} of {8 + header_bytes:,} bytes or more")
+        raise damaged(path, f"is truncated inside its header: {file_bytes:,} of {8 + header_bytes:,} bytes or more")
     header = _parse_json(text, path, pairs_hook=lambda pairs: _without_repeats(pairs, path))
     header.pop("__metadata__", None)
     data_start = 8 + header_bytes
@@ -291,7 +290,7 @@ def _without_repeats(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _damaged(path, f"names {twice} twice in its header", twice)
+        raise damaged(path, f"names {twice} twice in its header", twice)
     return fields
 
 
@@ -303,12 +302,12 @@ def _entry(name: str, fields: Any, path: Path, data_start: int) -> TensorEntry:
         ):
             pass
         case _:
-            raise _damaged(path, f"describes tensor {name} without dtype, shape and data_offsets", name)
+            raise damaged(path, f"describes tensor {name} without dtype, shape and data_offsets", name)
     if dtype not in ITEM_BYTES:
-        raise _damaged(path, f"stores tensor {name} as {dtype}, a type this build does not know", name)
+        raise damaged(path, f"stores tensor {name} as {dtype}, a type this build does not know", name)
     n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
     if begin < 0 or end - begin != n_bytes:
-        raise _damaged(
+        raise damaged(
             path, f"gives tensor {name} bytes {begin:,} to {end:,}, but {dtype} {shape} takes {n_bytes:,} bytes", name
         )
     return TensorEntry(name, path, dtype, tuple(shape), data_start + begin, n_bytes)
@@ -320,13 +319,13 @@ def _check_layout(entries: list[TensorEntry], path: Path, data_start: int, file_
     for entry in entries:
         if entry.offset != end:
             fault = "overlaps the tensor before it" if entry.offset < end else "leaves a gap before it"
-            raise _damaged(path, f"is inconsistent: tensor {entry.name} {fault}", entry.name)
+            raise damaged(path, f"is inconsistent: tensor {entry.name} {fault}", entry.name)
         end = entry.offset + entry.n_bytes
         if end > file_bytes:
             needed = max(entry.offset + entry.n_bytes for entry in entries)
-            raise _damaged(path, f"is truncated: {file_bytes:,} of {needed:,} bytes, within {entry.name}", entry.name)
+            raise damaged(path, f"is truncated: {file_bytes:,} of {needed:,} bytes, within {entry.name}", entry.name)
     if end != file_bytes:
-        raise _damaged(path, f"has {file_bytes - end:,} bytes after its last tensor")
+        raise damaged(path, f"has {file_bytes - end:,} bytes after its last tensor")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -335,16 +334,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise _missing(path) from error
     except OSError as error:
-        raise _damaged(path, f"cannot be read: {error.strerror}") from error
+        raise damaged(path, f"cannot be read: {error.strerror}") from error
 
 
 def _parse_json(text: bytes, path: Path, pairs_hook: Any = None) -> dict[str, Any]:
     try:
         parsed = json.loads(text, object_pairs_hook=pairs_hook)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"does not hold valid JSON where it should: {error}") from error
+        raise damaged(path, f"does not hold valid JSON where it should: {error}") from error
     if not isinstance(parsed, dict):
-        raise _damaged(path, "does not hold a JSON object where it should")
+        raise damaged(path, "does not hold a JSON object where it should")
     return parsed
 
 
@@ -356,7 +355,7 @@ def _missing(path: Path) -> CheckpointError:
     )
 
 
-def _damaged(path: Path, fault: str, tensor: str = "") -> CheckpointError:
+def damaged(path: Path, fault: str, tensor: str = "") -> CheckpointError:
     # In the hub's cache a file is a link: the hub would link a deleted one to the same damaged bytes again.
     stored = path.resolve()
     return CheckpointError(
@@ -401,12 +400,12 @@ class TensorReader:
             missing_bytes = self._fill(file, view, entry.offset + start)
             file_bytes = os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise _damaged(entry.path, f"cannot be read at {entry.name}: {error.strerror}", entry.name) from error
+            raise damaged(entry.path, f"cannot be read at {entry.name}: {error.strerror}", entry.name) from error
         if missing_bytes:
-            raise _damaged(entry.path, f"is truncated: {missing_bytes:,} bytes of {entry.name} are missing", entry.name)
+            raise damaged(entry.path, f"is truncated: {missing_bytes:,} bytes of {entry.name} are missing", entry.name)
         if entry.file_bytes not in (None, file_bytes):
             fault = f"was replaced: it has {file_bytes:,} bytes, and had {entry.file_bytes:,} when its header was read"
-            raise _damaged(entry.path, fault, entry.name)
+            raise damaged(entry.path, fault, entry.name)
 
     def rows(self, entry: TensorEntry) -> np.memmap:
         """A table [N, H] of floats as a copy-on-write view of its file: only rows that are looked up are read.
@@ -418,7 +417,7 @@ class TensorReader:
         assert len(entry.shape) == 2, entry
         dtype = NUMPY_DTYPE.get(entry.dtype)
         if dtype is None:
-            raise _damaged(entry.path, f"stores table {entry.name} as {entry.dtype}, not as floats", entry.name)
+            raise damaged(entry.path, f"stores table {entry.name} as {entry.dtype}, not as floats", entry.name)
         return np.memmap(entry.path, dtype=dtype, mode="c", offset=entry.offset, shape=entry.shape)
 
     def _file(self, path: Path) -> BinaryIO:
@@ -442,57 +441,3 @@ class TensorReader:
         with self._lock:  # Windows has no positional read
             file.seek(offset)
             return file.readinto(view)  # type: ignore[attr-defined]
-
-
-def load_speakers(path: Path) -> dict[str, dict[str, Any]]:
-    """The voices of `spk_dict.pt`: name -> `bos_token` (int), `cond` [1, E] and `ref_mel` [1, F, M], finite floats.
-
-    Raises CheckpointError when the file is missing, is not what torch saves, asks for code to run, or when a voice is
-    not of that shape.
-    """
-    import pickle
-
-    import torch
-
-    try:
-        voices = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is missing, so this checkpoint has no voices",
-            path=str(path),
-            hint="download it, or ask for text only",
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        raise _damaged(path, "does not hold voices that can be loaded safely") from error
-    if not isinstance(voices, dict) or not voices:
-        raise _damaged(path, "holds no voices")
-    for name, voice in voices.items():
-        fault = next(_voice_faults(voice), None)
-        if fault:
-            raise _damaged(path, f"holds voice {name} {fault}")
-    return voices
-
-
-def _voice_faults(voice: Any) -> Iterator[str]:
-    """What is wrong with one voice."""
-    if not isinstance(voice, dict) or not {"bos_token", "cond", "ref_mel"} <= voice.keys():
-        yield "without bos_token, cond and ref_mel"
-        return
-    if not isinstance(voice["bos_token"], int):
-        yield "whose bos_token is not a token id"
-    for part, n_dims in (("cond", 2), ("ref_mel", 3)):
-        if not _is_batch_of_one(voice[part], n_dims):
-            yield f"whose {part} is not one finite float tensor of {n_dims} dimensions"
-
-
-def _is_batch_of_one(value: Tensor, n_dims: int) -> bool:
-    import torch
-
-    return (
-        isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and value.dim() == n_dims
-        and value.shape[0] == 1
-        and value.numel() > 0
-        and bool(value.isfinite().all())
-    )

@@ -306,8 +306,9 @@ def profile(
 @spread
 def voices(model: Model, as_json: AsJson = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the voices of a model; the first one speaks unless another is named."""
-    from .checkpoint import SPEAKERS_FILE, load_speakers
+    from .checkpoint import SPEAKERS_FILE
     from .planning import find_description
+    from .voices import load_speakers
 
     with exit_codes(verbose):
         with progress_shown(quiet, verbose) as progress:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, load_speakers, open_checkpoint, stored_dtype
+from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, open_checkpoint, stored_dtype
 from .device import Device, MemoryCap, choose_dtype, exact_convolutions, open_device
 from .errors import CheckpointError, LowVRAMError, OptionError
 from .events import Event
@@ -33,6 +33,7 @@ from .quant.matmul import choose_backend
 from .room import Control
 from .token2wav.conditioning import Setting, Speaker
 from .turn import Machine, Request, Turn, Voice
+from .voices import load_speakers
 from .workload import turn_of
 
 Messages = Sequence[Mapping[str, Any]]

@@ -32,7 +32,7 @@ UNREADABLE = (
     BadZipFile,
     zlib.error,
 )
-"""What zips and pickles fail with. `checkpoint.load_speakers` will say what is wrong with the file."""
+"""What zips and pickles fail with. `voices.load_speakers` will say what is wrong with the file."""
 
 
 def longest_voice_frames(folder: Path | None) -> int:

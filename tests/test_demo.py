@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoTokenizer, Qwen2_5OmniForConditionalGeneration
 
-from lowvram.checkpoint import Checkpoint, TensorReader, load_speakers, open_checkpoint
+from lowvram.checkpoint import Checkpoint, TensorReader, open_checkpoint
 from lowvram.demo import TINY, DemoSize, build_demo, demo_folder
 from lowvram.demo.config import omni_config
 from lowvram.demo.weights import stored_tensors
 from lowvram.errors import CheckpointError, OptionError
 from lowvram.quant.packing import unpack_awq
+from lowvram.voices import load_speakers
 
 THINKER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -18,15 +18,14 @@ from subprocess import CalledProcessError
 import torch
 from torch import Tensor
 
-from .packing import TensorSpec
-from .reference import ReferenceBackend
+from .reference import OnAWQTensors, ReferenceBackend
 from .triton_backend import FEW_ROWS, SELF_TEST_TOLERANCE, self_test
 
 GROUP_SIZES = (32, 64, 128)
 """Those that both projects say the kernel was made for."""
 
 
-class BorrowedBackend(ABC):
+class BorrowedBackend(OnAWQTensors, ABC):
     """Multiplies few rows by another project's kernel; see `matmul.Backend`. What that was not made for is left to the
     reference backend, which reads the same tensors."""
 
@@ -61,16 +60,6 @@ class BorrowedBackend(ABC):
         except (TritonError, RuntimeError, OSError, CalledProcessError, TypeError, ValueError) as failure:
             return f"its kernel fails on this machine: {failure}"  # the last two: another version's other arguments
         return "" if error < SELF_TEST_TOLERANCE else f"its kernel is wrong on this machine, by {error:.1%}"
-
-    def layout(
-        self, in_features: int, out_features: int, group_size: int, dtype: torch.dtype
-    ) -> Mapping[str, TensorSpec]:
-        """AWQ's own tensors."""
-        return self._reference.layout(in_features, out_features, group_size, dtype)
-
-    def pack(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, out: Mapping[str, Tensor]) -> None:
-        """Copy AWQ's tensors."""
-        self._reference.pack(qweight, qzeros, scales, group_size, out)
 
     def matmul(self, x: Tensor, weights: Mapping[str, Tensor], group_size: int) -> Tensor:
         """x [..., K] -> [..., N], a new tensor."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .nvrtc import ROWS_PER_BLOCK, SUFFIX, Launch, Source, addresses, aligned_rows, blocks, load_kernels, obstacle_on
-from .packing import NIBBLES_PER_WORD, TensorSpec, pack_awq, unpack_awq
-from .reference import ReferenceBackend, Workspace
+from .packing import NIBBLES_PER_WORD, pack_awq, unpack_awq
+from .reference import OnAWQTensors, ReferenceBackend, Workspace
 
 SOURCE = Source("awq.cu")
 
@@ -30,7 +30,7 @@ SLICE_WEIGHTS = 2**23
 """Weights unpacked at once: 16 MiB, so that the largest linear of the 7B thinker takes nine slices."""
 
 
-class CudaBackend:
+class CudaBackend(OnAWQTensors):
     """Multiplies by `awq.cu`, which `load` brings to a card; see `matmul.Backend`.
 
     It never waits for the card, and allocates nothing but its result and, for many rows, a slice: once it has run, it
@@ -52,16 +52,6 @@ class CudaBackend:
     def obstacle(device: torch.device, dtype: torch.dtype) -> str:
         """Why it cannot serve here, or nothing: it must compile for this card and compute a small linear rightly."""
         return obstacle_on(device, dtype, lambda: self_test(CudaBackend(), device, dtype))
-
-    def layout(
-        self, in_features: int, out_features: int, group_size: int, dtype: torch.dtype
-    ) -> Mapping[str, TensorSpec]:
-        """AWQ's own tensors."""
-        return self._reference.layout(in_features, out_features, group_size, dtype)
-
-    def pack(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, out: Mapping[str, Tensor]) -> None:
-        """Copy AWQ's tensors."""
-        self._reference.pack(qweight, qzeros, scales, group_size, out)
 
     def matmul(self, x: Tensor, weights: Mapping[str, Tensor], group_size: int) -> Tensor:
         """x [..., K] float16 or bfloat16 -> [..., N], a new tensor."""

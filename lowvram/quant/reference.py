@@ -35,19 +35,9 @@ def choose_compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if slow and x.device.type == "cpu" else x.dtype
 
 
-class ReferenceBackend:
-    """Dequantizes a slice at a time; see `matmul.Backend`."""
-
-    name = "reference"
-
-    def __init__(self, reason: str = "") -> None:
-        self.reason = reason
-        self._workspace = Workspace()
-
-    @staticmethod
-    def obstacle(device: torch.device, dtype: torch.dtype) -> str:
-        """None: it runs everywhere."""
-        return ""
+class OnAWQTensors:
+    """What backends share that multiply by AWQ's own tensors: what lies on the device is what was stored; see
+    `matmul.Backend`."""
 
     def layout(
         self, in_features: int, out_features: int, group_size: int, dtype: torch.dtype
@@ -61,6 +51,21 @@ class ReferenceBackend:
         out["qweight"].copy_(qweight)
         out["qzeros"].copy_(qzeros)
         out["scales"].copy_(scales)
+
+
+class ReferenceBackend(OnAWQTensors):
+    """Dequantizes a slice at a time; see `matmul.Backend`."""
+
+    name = "reference"
+
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
+        self._workspace = Workspace()
+
+    @staticmethod
+    def obstacle(device: torch.device, dtype: torch.dtype) -> str:
+        """None: it runs everywhere."""
+        return ""
 
     def matmul(self, x: Tensor, weights: Mapping[str, Tensor], group_size: int) -> Tensor:
         """x [..., K] -> [..., N], a new tensor in x's dtype."""

@@ -14,8 +14,8 @@ from subprocess import CalledProcessError
 import torch
 from torch import Tensor
 
-from .packing import TensorSpec, pack_awq, unpack_awq
-from .reference import ReferenceBackend
+from .packing import pack_awq, unpack_awq
+from .reference import OnAWQTensors, ReferenceBackend
 
 FEW_ROWS = 128
 """Up to here rows are multiplied from the packed words. Every 16 of them take a pass over half a byte per weight;
@@ -30,7 +30,7 @@ SELF_TEST_TOLERANCE = 0.01
 """Above the error that bfloat16 explains, and far below what a misread nibble makes."""
 
 
-class TritonBackend:
+class TritonBackend(OnAWQTensors):
     """Multiplies by `triton_kernel`; see `matmul.Backend`. Many rows, and groups that are no multiple of 32, are left
     to the reference backend, which reads the same tensors."""
 
@@ -58,16 +58,6 @@ class TritonBackend:
         except (TritonError, RuntimeError, OSError, CalledProcessError) as failure:
             return f"its kernel fails on this machine: {failure}"
         return "" if error < SELF_TEST_TOLERANCE else f"its kernel is wrong on this machine, by {error:.1%}"
-
-    def layout(
-        self, in_features: int, out_features: int, group_size: int, dtype: torch.dtype
-    ) -> Mapping[str, TensorSpec]:
-        """AWQ's own tensors."""
-        return self._reference.layout(in_features, out_features, group_size, dtype)
-
-    def pack(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, out: Mapping[str, Tensor]) -> None:
-        """Copy AWQ's tensors."""
-        self._reference.pack(qweight, qzeros, scales, group_size, out)
 
     def matmul(self, x: Tensor, weights: Mapping[str, Tensor], group_size: int) -> Tensor:
         """x [..., K] -> [..., N], a new tensor."""
