@@ -3,11 +3,12 @@
     python benchmarks/gpu.py [--weights DIR] [--device cuda] [--only SECTION ...] [-o results/gpu.json]
 
 Only this repository and the installed packages are reached; weights of the true 7B shape (12 GB in the folder that
-TMPDIR names, two minutes) are made on the spot where none are given. Where a card is lent by the minute, make them
-before with synthetic.py, and take some sections at a time. A speed stands beside its floor: the time in which the same
-card reads the bytes that the step reads. On a CPU (`--device cpu`) the same steps are gone through with the demo, so
-that a first run on a card is not spent on typing errors; those figures mean nothing, and what only a card can be tested
-for is collected and not run.
+TMPDIR names) are made on the spot where none are given, beside the sections that need none. `--minutes` bounds the last
+and longest section, memory, which begins no row after them and names those it left out. Where a card is lent by the
+minute, make the weights before with synthetic.py, and take some sections at a time. A speed stands beside its floor:
+the time in which the same card reads the bytes that the step reads. On a CPU (`--device cpu`) the same steps are gone
+through with the demo, so that a first run on a card is not spent on typing errors; those figures mean nothing, and what
+only a card can be tested for is collected and not run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -77,14 +79,24 @@ FAILURES = (
 
 @dataclass(frozen=True)
 class Bench:
-    """Where to measure: a torch device by name, and the folder of a checkpoint."""
+    """Where to measure: a torch device by name, and the folder of a checkpoint, which `making` may be at work on. All
+    should be done by `until_s`, on the clock of `time.monotonic`."""
 
     device: str
-    weights: Path
+    folder: Path
+    making: subprocess.Popen[bytes] | None = None
+    until_s: float = math.inf
 
     @property
     def on_card(self) -> bool:
         return self.device.startswith("cuda")
+
+    @cached_property
+    def weights(self) -> Path:
+        """The folder, once all is in it. Raises RuntimeError where making it failed."""
+        if self.making is not None and self.making.wait():
+            raise RuntimeError(f"no weights: synthetic.py ended with {self.making.returncode}")
+        return self.folder
 
     def open(self, vram: str | int | None = None) -> OmniRuntime:
         return OmniRuntime.open(self.weights, vram=vram, device=self.device)
@@ -121,7 +133,7 @@ def _kernels(bench: Bench, bits: int) -> dict[str, Any]:
 
 
 def memory(bench: Bench) -> dict[str, Any]:
-    """Planned, traced and measured peaks by phase, for two lengths of clip and three budgets."""
+    """Planned, traced and measured peaks by phase, for three lengths of clip and four budgets, the hardest first."""
     return _python(str(HERE / "memory.py"), *memory_arguments(bench))
 
 
@@ -129,10 +141,12 @@ def memory_arguments(bench: Bench) -> tuple[str, ...]:
     """What `memory` asks of memory.py; on a card each row is kept as it comes, should time run out."""
     if not bench.on_card:
         return ("--trace", "demo", "--seconds", "1", "--budgets", "2GiB", "--no-speech", "--json")
-    clips_and_budgets = ("--seconds", "15", "60", "--budgets", "6GiB", "8GiB", "12GiB")
+    clips_and_budgets = ("--seconds", "60", "15", "30", "--budgets", "8GiB", "6GiB", "12GiB", "16GiB")
     brief = ("--max-tokens", str(SAMPLING.max_tokens), "--max-codes", str(SPEECH.sampling.max_tokens))
     kept = ("--json", "-o", str(HERE / "results" / "gpu-memory.json"))
-    return ("--trace", "7b-awq", "--weights", str(bench.weights), *clips_and_budgets, *brief, *kept)
+    left_minutes = max(0.0, bench.until_s - time.monotonic()) / 60
+    time_ = ("--minutes", f"{left_minutes:.2f}", "--jobs", str(max(1, (os.cpu_count() or 1) // 2)))
+    return ("--trace", "7b-awq", "--weights", str(bench.weights), *clips_and_budgets, *brief, *kept, *time_)
 
 
 def overhead(bench: Bench) -> dict[str, float]:
@@ -326,20 +340,26 @@ def _python(*arguments: str, environment: Mapping[str, str] | None = None) -> di
 _PACKAGES = {"needed": NEEDED, "optional": OPTIONAL}
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     section.__name__: section
-    for section in (missing, suite, races, rates, overhead, kernels, int8_kernels, graphs, speed, guest, memory)
+    for section in (missing, suite, races, kernels, int8_kernels, rates, overhead, graphs, speed, guest, memory)
 }
+"""Those that need no weights come first."""
 
 
 @contextmanager
-def _weights(given: Path | None, device: str) -> Iterator[Path]:
-    """A checkpoint: the one given, else one of the true 7B shape for a card and the demo for a CPU."""
+def _bench(given: Path | None, device: str, minutes: float) -> Iterator[Bench]:
+    """With the checkpoint that was given, else one of the true 7B shape for a card and the demo for a CPU."""
+    until_s = time.monotonic() + 60 * minutes
     if given is not None or not device.startswith("cuda"):
-        yield given or demo_folder()
+        yield Bench(device, given or demo_folder(), until_s=until_s)
         return
     with TemporaryDirectory() as folder:
         made = Path(folder) / "7b-awq"
-        subprocess.run([sys.executable, str(HERE / "synthetic.py"), str(made)], check=True)
-        yield made
+        making = subprocess.Popen([sys.executable, str(HERE / "synthetic.py"), str(made)], stdout=subprocess.DEVNULL)
+        try:
+            yield Bench(device, made, making, until_s)
+        finally:
+            making.kill()
+            making.wait()
 
 
 def run_section(section: Callable[[Bench], dict[str, Any]], bench: Bench) -> dict[str, Any]:
@@ -358,15 +378,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, help="a checkpoint's folder (default: made on the spot)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
+    parser.add_argument("--minutes", type=float, default=8.0, help="when memory begins no further row (default: 8)")
     parser.add_argument("-o", "--output", type=Path, help="keep the JSON in this file")
     chosen = parser.parse_args(arguments)
     title = open_device(chosen.device).title
     results: dict[str, Any] = {}
-    with _weights(chosen.weights, chosen.device) as weights:
-        card = make_card(title, weights=weights.name)
+    with _bench(chosen.weights, chosen.device, chosen.minutes) as bench:
+        card = make_card(title, weights=bench.folder.name)
         print("\n".join(card_lines(card)), flush=True)
         for name in chosen.only:
-            results[name] = run_section(SECTIONS[name], Bench(chosen.device, weights))
+            results[name] = run_section(SECTIONS[name], bench)
             print(f"\n{name}: {json.dumps(results[name], indent=2)}", flush=True)
             if chosen.output:
                 write_result(chosen.output, {"card": card, **results})

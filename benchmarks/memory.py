@@ -9,7 +9,8 @@ each length and each budget the real code runs on tensors without data, at the p
 about half a minute a row; `-o` is written after each, and `--resume` goes on where that file ends. What torch's
 allocator would reserve for those tensors is simulated, and how often it would have to give back what is free to stay
 within the budget. With `--weights` (a folder or hub id) and a CUDA card it measures the same turns, too, on made-up
-clips. Planned, traced, simulated and measured never share a column, and no column includes the plan's reserve.
+clips, while other processes trace (`--jobs`). Planned, traced, simulated and measured never share a column, and no
+column includes the plan's reserve.
 """
 
 from __future__ import annotations
@@ -17,30 +18,37 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from itertools import product
+from functools import cache
+from itertools import product, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import av
 import numpy as np
+import torch
 from harness import card_lines, make_card, with_commit, write_result
 from transformers.utils import logging
 
-from lowvram import Finished, LowVRAMError, OmniRuntime, SamplingParams, SpeechParams
+from lowvram import LowVRAMError, OmniRuntime, SamplingParams, SpeechParams
+from lowvram.checkpoint import Headers
 from lowvram.device import open_device
 from lowvram.errors import InfeasibleBudgetError, OptionError
+from lowvram.model import OmniModel
 from lowvram.offload.budget import Budget, format_bytes
-from lowvram.offload.footprint import read_footprint
-from lowvram.offload.meter import LiveBytes
+from lowvram.offload.footprint import Footprint, read_footprint
+from lowvram.offload.meter import AllocatorMeter, LiveBytes, Meter
+from lowvram.offload.plan import Plan, plan_memory
 from lowvram.offload.plan import Turn as Workload
-from lowvram.offload.plan import plan_memory
-from lowvram.offload.profile import DEVICE_ALLOCATOR, KINDS, PLANNED, SIMULATED_ALLOCATOR, TRACED
+from lowvram.offload.profile import DEVICE_ALLOCATOR, DEVICE_RESERVED, KINDS, PLANNED, SIMULATED_ALLOCATOR, TRACED
 from lowvram.options import TALKER_SAMPLING, KVPrecision, Limits
 from lowvram.planning import find_headers
 from lowvram.profile_command import Asked, measure_answer, open_counter
@@ -117,78 +125,88 @@ class Cell:
         return asdict(self) == {name: row[name] for name in asdict(self)}
 
 
+@dataclass(frozen=True)
 class Tracer:
     """Plans and traces clips of one model at full size, in 16 bit; `largest` lists so many storages per peak, and
-    `timeline` what was held step by step. Given `weights`, it measures the same turns on the CUDA card there is."""
+    `timeline` what was held step by step."""
 
-    def __init__(
-        self,
-        name: str,
-        speech: SpeechParams | None,
-        sampling: SamplingParams | None = None,
-        *,
-        largest: int = 0,
-        timeline: bool = False,
-        weights: str | None = None,
-    ) -> None:
-        self._name = name
-        self._speech = speech
-        self._sampling = sampling or SamplingParams(seed=0)
-        self._largest = largest
-        self._timeline = timeline
-        self._weights = weights
-        self._headers = find_headers(MODELS[name])
-        self._footprint = read_footprint(self._headers.tensors, self._headers.config, width_bytes=2)
-        self._model = traceable_model(self._headers)
+    name: str
+    speech: SpeechParams | None
+    sampling: SamplingParams
+    largest: int = 0
+    timeline: bool = False
 
     def row(self, cell: Cell) -> dict[str, Any]:
         """The peaks by phase of a clip in a budget, or why no plan fits."""
+        headers, _, footprint = _skeleton(self.name)
         limits, clip = Limits(kv=cell.kv), StandIn("video", cell.seconds, FRAME)
-        options: dict[str, Any] = {"limits": limits, "sampling": self._sampling, "speech": self._speech}
-        turn = count_turn(self._headers, [], [clip], **options).turn
-        published = PUBLISHED_GIB.get(self._name, {}).get(int(cell.seconds))
+        options: dict[str, Any] = {"limits": limits, "sampling": self.sampling, "speech": self.speech}
+        turn = count_turn(headers, [], [clip], **options).turn
+        published = PUBLISHED_GIB.get(self.name, {}).get(int(cell.seconds))
         about = asdict(cell) | {"prompt_tokens": turn.prompt_tokens, "published_gib": published}
         try:
-            return about | self._peaks(turn, cell, limits)
+            plan = plan_memory(footprint, Budget.of(cell.budget), limits, turn)
         except InfeasibleBudgetError as error:
             return about | {"refused": str(error)}
+        return about | self._peaks(plan, turn)
 
-    def _peaks(self, turn: Workload, cell: Cell, limits: Limits) -> dict[str, Any]:
-        plan = plan_memory(self._footprint, Budget.of(cell.budget), limits, turn)
+    def _peaks(self, plan: Plan, turn: Workload) -> dict[str, Any]:
         allocator = allocator_of(plan)
-        ledger = LiveBytes("meta", explain=self._largest > 0, allocator=allocator)
-        profile = trace_turn(self._model, plan, turn, self._speech, ledger=ledger)
-        if self._weights:
-            profile = profile.add(DEVICE_ALLOCATOR, self._measured(cell, limits))
+        ledger = LiveBytes("meta", explain=self.largest > 0, allocator=allocator)
+        profile = trace_turn(_skeleton(self.name)[1], plan, turn, self.speech, ledger=ledger)
         row: dict[str, Any] = {"reserve_bytes": plan.reserve_bytes, "peak_bytes": profile.to_json()}
         row["allocator"] = {"retries": allocator.retries, "short_bytes": allocator.short_bytes}
-        if self._timeline:
+        if self.timeline:
             row["timeline"] = [asdict(moment) for moment in profile.timeline]
-        if self._largest:
+        if self.largest:
             row["largest"] = {phase: list(self._held(ledger, phase)) for phase in ledger.peaks}
         return row
 
-    def _measured(self, cell: Cell, limits: Limits) -> Mapping[str, int]:
-        """Peaks of a real turn by the card's allocator. It may end its answer sooner; caches are allocated whole."""
-        with (
-            TemporaryDirectory() as folder,
-            OmniRuntime.open(self._weights or "", vram=cell.budget, limits=limits, device="cuda") as omni,
-        ):
-            clip = Path(folder) / "clip.mp4"
-            write_clip(clip, cell.seconds)
-            messages = [{"role": "user", "content": [{"type": "video", "video": str(clip)}]}]
-            *_, finished = omni.generate(messages, sampling=self._sampling, speech=self._speech)
-            assert isinstance(finished, Finished)
-        peaks: Any = finished.memory["peak_bytes"]
-        return dict(peaks)
-
     def _held(self, ledger: LiveBytes, phase: str) -> Iterator[str]:
         counts = Counter(ledger.largest(phase))
-        for held in sorted(counts, key=lambda held: held.n_bytes * counts[held], reverse=True)[: self._largest]:
+        for held in sorted(counts, key=lambda held: held.n_bytes * counts[held], reverse=True)[: self.largest]:
             yield (
                 f"{counts[held]} x {format_bytes(held.n_bytes)} {held.operator} {list(held.shape)} {held.dtype},"
                 f" {held.line}"
             )
+
+
+@cache
+def _skeleton(name: str) -> tuple[Headers, OmniModel, Footprint]:
+    headers = find_headers(MODELS[name])
+    return headers, traceable_model(headers), read_footprint(headers.tensors, headers.config, width_bytes=2)
+
+
+def measure_on_card(weights: str, cell: Cell, sampling: SamplingParams, speech: SpeechParams | None) -> dict[str, Any]:
+    """What torch's CUDA allocator says of the turn that was planned, to be merged into its row: peaks of tensors and of
+    what was reserved for them by phase, and how often it had to give back what was free; or how the turn failed.
+
+    The answer may end sooner than planned for; caches are allocated whole.
+    """
+    meter = AllocatorMeter(open_device("cuda").torch)
+    retries_before = torch.cuda.memory_stats().get("num_alloc_retries", 0)
+    try:
+        _answer_about_gray(weights, cell, meter, sampling, speech)
+    except (LowVRAMError, RuntimeError) as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
+    return {
+        "card_peak_bytes": {DEVICE_ALLOCATOR: meter.peaks, DEVICE_RESERVED: meter.reserved_peaks},
+        "card_retries": torch.cuda.memory_stats()["num_alloc_retries"] - retries_before,
+    }
+
+
+def _answer_about_gray(
+    weights: str, cell: Cell, meter: Meter, sampling: SamplingParams, speech: SpeechParams | None
+) -> None:
+    with (
+        TemporaryDirectory() as folder,
+        OmniRuntime.open(weights, vram=cell.budget, limits=Limits(kv=cell.kv), device="cuda", meter=meter) as omni,
+    ):
+        clip = Path(folder) / "clip.mp4"
+        write_clip(clip, cell.seconds)
+        messages = [{"role": "user", "content": [{"type": "video", "video": str(clip)}]}]
+        for _ in omni.generate(messages, sampling=sampling, speech=speech):
+            pass
 
 
 def row_lines(row: dict[str, Any]) -> Iterator[str]:
@@ -200,9 +218,15 @@ def row_lines(row: dict[str, Any]) -> Iterator[str]:
     columns = row["peak_bytes"]
     kinds = [kind for kind in KINDS if kind in columns]
     for phase, planned_bytes in columns[PLANNED].items():
-        cells = "  ".join(format_bytes(columns[kind][phase]).rjust(max(10, len(kind))) for kind in kinds)
+        found = (columns[kind].get(phase) for kind in kinds)
+        cells = "  ".join(
+            (format_bytes(n) if n is not None else "-").rjust(max(10, len(kind)))
+            for n, kind in zip(found, kinds, strict=True)
+        )
         yield f"{head}  {phase:24}{cells}  {planned_bytes / columns[TRACED][phase]:6.3f}"
         yield from (f"{'':25}{line}" for line in row.get("largest", {}).get(phase, ()))
+    if "failed" in row:
+        yield f"{head}  failed on the card: {row['failed']}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -236,6 +260,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=SpeechParams().steps, help="time points of traced speech's ODE")
     parser.add_argument("--no-speech", action="store_true", help="trace answers in text alone")
     parser.add_argument("--weights", help="measure the traced turns, too, with this checkpoint on a CUDA card")
+    parser.add_argument("--minutes", type=float, help="begin no row after so many, and name those left out")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that trace side by side (default: %(default)s)")
     parser.add_argument("--largest", type=int, default=0, help="list what was held at each traced peak: so many lines")
     parser.add_argument("--timeline", action="store_true", help="add to the JSON what was held step by step")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -263,19 +289,47 @@ def _trace(chosen: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     speech = None if chosen.no_speech else SpeechParams(steps=chosen.steps, sampling=drawn)
     device = open_device("cuda").title if chosen.weights else "none: traced on tensors without data"
     card = make_card(device, model=MODELS[chosen.trace], speech=speech is not None, **_most(chosen))
-    shown = {"largest": chosen.largest, "timeline": chosen.timeline, "weights": chosen.weights}
-    tracer = Tracer(chosen.trace, speech, sampling, **shown)
+    tracer = Tracer(chosen.trace, speech, sampling, largest=chosen.largest, timeline=chosen.timeline)
     rows = _kept_rows(chosen.output, card) if chosen.resume else []
-    for cell in (Cell(*each) for each in product(chosen.seconds, chosen.budgets, chosen.kv)):
-        if not any(map(cell.is_in, rows)):
-            rows.append(tracer.row(cell))
+    asked = [Cell(*each) for each in product(chosen.seconds, chosen.budgets, chosen.kv)]
+    cells = [cell for cell in asked if not any(map(cell.is_in, rows))]
+    result: dict[str, Any] = {"card": card, "rows": rows}
+    with _side_by_side(tracer.row, cells, chosen.jobs) as traced:
+        for cell in _in_time(cells, chosen.minutes):
+            measured = measure_on_card(chosen.weights, cell, sampling, speech) if chosen.weights else {}
+            rows.append(_merged(next(traced), measured))
             if chosen.output:
-                write_result(chosen.output, {"card": card, "rows": rows})
-    kinds = (PLANNED, TRACED, SIMULATED_ALLOCATOR, *([DEVICE_ALLOCATOR] if chosen.weights else []))
+                write_result(chosen.output, result)
+    if late := [cell for cell in cells if not any(map(cell.is_in, rows))]:
+        result["left_out_for_time"] = [asdict(cell) for cell in late]
+    kinds = (PLANNED, TRACED, SIMULATED_ALLOCATOR, *((DEVICE_ALLOCATOR, DEVICE_RESERVED) if chosen.weights else ()))
     columns = "  ".join(kind.rjust(10) for kind in kinds)
     head = f"{'clip':>7}  {'budget':>6}  {'kv':>5}  {'phase':24}{columns}  planned/traced"
     lines = [line for row in rows for line in row_lines(row)]
-    return {"card": card, "rows": rows}, [*card_lines(card), "", head, *lines, *_published_lines(chosen)]
+    return result, [*card_lines(card), "", head, *lines, *_published_lines(chosen)]
+
+
+def _in_time(cells: Sequence[Cell], minutes: float | None) -> Iterator[Cell]:
+    """Those that are begun before so many minutes are over."""
+    until_s = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    return takewhile(lambda _: time.monotonic() < until_s, cells)
+
+
+@contextmanager
+def _side_by_side(trace: Callable[[Cell], dict[str, Any]], cells: Sequence[Cell], jobs: int) -> Iterator[Iterator[Any]]:
+    """The rows of `cells` in their order, so many of them traced at a time; those not taken at the end are given up."""
+    if jobs == 1:
+        yield map(trace, cells)
+        return
+    # Not forked: CUDA does not survive it.
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        yield pool.imap(trace, cells)
+
+
+def _merged(row: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """A row with what a card said of it. Its measured columns come beside the others, unless nothing fits."""
+    columns = measured.pop("card_peak_bytes", {})
+    return row | measured | ({"peak_bytes": row["peak_bytes"] | columns} if columns else {})
 
 
 def _most(chosen: argparse.Namespace) -> dict[str, int]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -16,7 +18,7 @@ from media_files import numbered_frame, write_video
 
 from lowvram.offload.budget import Budget
 from lowvram.offload.meter import TRACKED_LIVE_TENSORS
-from lowvram.offload.profile import PLANNED, TRACED
+from lowvram.offload.profile import DEVICE_ALLOCATOR, DEVICE_RESERVED, PLANNED, TRACED
 from lowvram.options import MODES, TALKER_SAMPLING, SamplingParams, SpeechParams
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -157,6 +159,43 @@ def test_rows_of_another_question_are_not_gone_on_with(
     assert "'speech': False" in capsys.readouterr().err
 
 
+def test_processes_side_by_side_trace_the_same_rows_in_the_same_order(
+    memory: ModuleType, traced: tuple[str, dict[str, Any]], tmp_path: Path
+):
+    kept = tmp_path / "memory.json"
+    options = ("--trace", "demo", "--seconds", "2", "--budgets", "2GiB", "1MiB", "--no-speech", "--jobs", "2")
+    with redirect_stdout(StringIO()):
+        assert memory.main([*options, "-o", str(kept)]) == 0
+    rows = json.loads(kept.read_text(encoding="utf-8"))["rows"]
+    assert [row.get("refused") for row in rows] == [row.get("refused") for row in traced[1]["rows"]]
+    assert rows[0]["peak_bytes"] == traced[1]["rows"][0]["peak_bytes"]
+
+
+def test_rows_there_was_no_time_for_are_named(memory: ModuleType, tmp_path: Path):
+    kept = tmp_path / "memory.json"
+    with redirect_stdout(StringIO()):
+        assert memory.main(["--trace", "demo", "--seconds", "2", "3", "--minutes", "0", "-o", str(kept)]) == 0
+    result = json.loads(kept.read_text(encoding="utf-8"))
+    assert result["rows"] == []
+    assert [cell["seconds"] for cell in result["left_out_for_time"]] == [2.0] * 5 + [3.0] * 5
+
+
+def test_what_a_card_says_of_a_turn_joins_its_row(memory: ModuleType):
+    row = {"budget": "8GiB", "peak_bytes": {PLANNED: {"think": 3}, TRACED: {"think": 2}}}
+    card = {"card_peak_bytes": {DEVICE_ALLOCATOR: {"think": 2}, DEVICE_RESERVED: {"think": 4}}, "card_retries": 1}
+    merged = memory._merged(row, card)
+    assert list(merged["peak_bytes"]) == [PLANNED, TRACED, DEVICE_ALLOCATOR, DEVICE_RESERVED]
+    assert merged["card_retries"] == 1
+
+
+def test_a_turn_that_failed_on_the_card_is_still_a_row(memory: ModuleType):
+    row = {"budget": "8GiB", "peak_bytes": {PLANNED: {"think": 3}, TRACED: {"think": 2}}}
+    assert memory._merged(row, {"failed": "OutOfMemoryError"}) == row | {"failed": "OutOfMemoryError"}
+    assert list(memory.row_lines(row | {"seconds": 1.0, "kv": "16bit", "failed": "OutOfMemoryError"}))[-1].endswith(
+        "failed on the card: OutOfMemoryError"
+    )
+
+
 def test_the_largest_storages_of_a_peak_are_listed_by_who_made_them(traced: tuple[str, dict[str, Any]]):
     for lines in traced[1]["rows"][0]["largest"].values():
         assert len(lines) == 2 and all("aten." in line and ".py:" in line for line in lines)
@@ -218,6 +257,12 @@ def test_what_a_card_is_asked_to_hold_is_a_question_that_can_be_asked(
     assert chosen.trace in memory.MODELS and chosen.json
     assert all(Budget.of(budget).vram_bytes for budget in chosen.budgets)
     assert (chosen.weights == str(demo)) is (device == "cuda")
+
+
+def test_weights_that_could_not_be_made_fail_the_sections_that_need_them(gpu: ModuleType, tmp_path: Path):
+    making = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+    bench = gpu.Bench("cpu", tmp_path, making)
+    assert gpu.run_section(gpu.guest, bench)["failed"] == "RuntimeError: no weights: synthetic.py ended with 7"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), AssertionError("no code was said"), KeyError("ttft")])

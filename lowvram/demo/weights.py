@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,15 +76,18 @@ class Stored:
 def write_weights(folder: Path, config: dict[str, Any], size: DemoSize, seed: int, dtype: str) -> None:
     """Write model-0000i-of-0000n.safetensors and their index into `folder`; `dtype` as in `STORED_AS`."""
     shards = _shards(list(stored_tensors(config, size, STORED_AS[dtype])), size.shard_bytes)
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= {tensor.name: file for tensor in shard}
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+
+    def write(file: str, shard: list[Stored]) -> None:
         with open(folder / file, "wb") as out:
             _write_header(out, shard)
             for tensor in shard:
                 for piece in draw(tensor, size, seed):
                     out.write(piece.view(torch.uint8).numpy().data)
+
+    with ThreadPoolExecutor() as pool:  # NumPy draws without the interpreter's lock
+        list(pool.map(write, files, shards))
     total_bytes = sum(tensor.n_bytes for shard in shards for tensor in shard)
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 

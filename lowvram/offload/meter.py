@@ -120,7 +120,8 @@ class AllocatorMeter:
     was there before the turn and is not the runtime's: an application's own tensors, tables, libraries' workspaces.
 
     The allocator keeps one peak per device, so phases must not overlap, and a host application that reads the same
-    peak will see it reset.
+    peak will see it reset. `reserved_peaks` are the most that the allocator had reserved in each phase, whoever uses
+    it.
     """
 
     kind = DEVICE_ALLOCATOR
@@ -131,6 +132,7 @@ class AllocatorMeter:
         self._others_bytes = 0
         self._timeline = Timeline()
         self.peaks: dict[str, int] = {}
+        self.reserved_peaks: dict[str, int] = {}
 
     @property
     def timeline(self) -> tuple[Moment, ...]:
@@ -138,6 +140,7 @@ class AllocatorMeter:
 
     def begin(self, held_bytes: int) -> None:
         self.peaks.clear()
+        self.reserved_peaks.clear()
         self._timeline = Timeline()
         self._others_bytes = max(0, torch.cuda.memory_allocated(self._device) - held_bytes)
 
@@ -151,15 +154,19 @@ class AllocatorMeter:
             self._take_peak()
 
     def mark(self, label: str, weights_bytes: int, kv_bytes: int) -> None:
-        peak_bytes, held_bytes = self._take_peak(), self._own(torch.cuda.memory_allocated(self._device))
+        peak_bytes, held_bytes = self._take_peak()
         self._timeline.mark(label, self._phase, weights_bytes, kv_bytes, peak_bytes=peak_bytes, held_bytes=held_bytes)
 
-    def _take_peak(self) -> int:
-        """The peak since it was last taken, which counts towards the phase."""
-        peak_bytes = self._own(torch.cuda.max_memory_allocated(self._device))
+    def _take_peak(self) -> tuple[int, int]:
+        """The peak since it was last taken, which counts towards the phase, and what is held now."""
+        # One call for all three: torch makes a dictionary of some two hundred numbers at each, and this is every step.
+        stats = torch.cuda.memory_stats_as_nested_dict(self._device)
+        allocated, reserved_bytes = stats["allocated_bytes"]["all"], stats["reserved_bytes"]["all"]["peak"]
+        peak_bytes = self._own(allocated["peak"])
         self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), peak_bytes)
+        self.reserved_peaks[self._phase] = max(self.reserved_peaks.get(self._phase, 0), reserved_bytes)
         torch.cuda.reset_peak_memory_stats(self._device)
-        return peak_bytes
+        return peak_bytes, self._own(allocated["current"])
 
     def _own(self, n_bytes: int) -> int:
         return max(0, n_bytes - self._others_bytes)

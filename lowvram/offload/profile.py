@@ -17,10 +17,11 @@ PLANNED = "planned"
 TRACED = "traced"
 SIMULATED_ALLOCATOR = "simulated allocator"
 DEVICE_ALLOCATOR = "device allocator"
+DEVICE_RESERVED = "device reserved"
 TRACKED_LIVE_TENSORS = "tracked live tensors"
-KINDS = (PLANNED, TRACED, SIMULATED_ALLOCATOR, DEVICE_ALLOCATOR, TRACKED_LIVE_TENSORS)
+KINDS = (PLANNED, TRACED, SIMULATED_ALLOCATOR, DEVICE_ALLOCATOR, DEVICE_RESERVED, TRACKED_LIVE_TENSORS)
 """Computed from sizes; counted on fake tensors; what an allocator would reserve for those; and measured, by the two
-kinds of meter."""
+kinds of meter: of a device's allocator, tensors and what it reserved for them."""
 
 
 @dataclass(frozen=True)

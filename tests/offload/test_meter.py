@@ -246,12 +246,15 @@ def test_the_resident_set_holds_what_was_just_written():
 
 def test_what_an_application_holds_is_no_part_of_a_phases_peak(monkeypatch: pytest.MonkeyPatch):
     ours, theirs = 2 * GIB, 3 * GIB
+    allocated = {"current": ours + theirs, "peak": ours + theirs + GIB}
+    stats = {"allocated_bytes": {"all": allocated}, "reserved_bytes": {"all": {"current": 7 * GIB, "peak": 8 * GIB}}}
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda _device: ours + theirs)
-    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda _device: ours + theirs + GIB)
+    monkeypatch.setattr("torch.cuda.memory_stats_as_nested_dict", lambda _device: stats)
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda _device: None)
     meter = AllocatorMeter(torch.device("cuda", 0))
     meter.begin(held_bytes=ours)
     with meter.phase("think"):
         meter.mark("text", weights_bytes=ours, kv_bytes=0)
     assert meter.peaks == {"think": 3 * GIB}
+    assert meter.reserved_peaks == {"think": 8 * GIB}
     assert [moment.total_bytes for moment in meter.timeline] == [ours]  # nothing is known of weights that have come
