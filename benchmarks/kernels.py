@@ -5,22 +5,22 @@ reading's.
                                  [--picture X.png]
 
 All ways, and a plain read of memory, take turns within a round, so that a busy machine slows all alike: ratios are
-medians over rounds of what was timed side by side. As in decoding, 256 MiB of other weights pass before the same come
-again. GB/s count the bytes in which a backend holds the weights, once for each product, whatever else it moves.
+medians over rounds of what was timed side by side. On a CPU llama.cpp is one of them where `llama-cpp-python` is
+installed, with weights of its own of as many bits (Q4_K, Q8_0). As in decoding, 256 MiB of other weights pass before
+the same come again. GB/s count the bytes in which a backend holds the weights, once for each product, whatever else it
+moves.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -30,6 +30,7 @@ import numpy as np
 import psutil
 import torch
 from bandwidth import BUFFER_BYTES, PlainRead, fastest_read, seconds
+from ggml_product import fits, products, version
 from harness import card_lines, make_card, write_result
 from kernels_picture import draw
 from torch import Tensor
@@ -54,7 +55,7 @@ SHAPES = ((3584, 3584), (3584, 512), (3584, 18944), (18944, 3584))
 CPU_THREADS, CARD_THREADS = (1, 2), (1,)
 GROUP_SIZE = 128
 ALWAYS, NEVER = 0, 2**31
-LINEAR, READ = "16-bit linear", "plain read"
+LINEAR, READ, GGML = "16-bit linear", "plain read", "llama.cpp"
 
 MOST_COPIES = 512
 """Of one linear's weights: enough for 256 MiB of the model's smallest."""
@@ -138,7 +139,8 @@ def ways(shape: Shape, bench: Bench) -> dict[str, Way]:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(shape[1], shape[0], generator=generator).to(bench.device, bench.dtype)
     packed = _int4_ways if bench.bits == 4 else _int8_ways
-    return {LINEAR: _in_copies(_dense_product, {"weight": dense}), **packed(shape, bench, generator)}
+    others = {GGML: _ggml_way(dense, bench.bits)} if _ggml_serves(shape, bench) else {}
+    return {LINEAR: _in_copies(_dense_product, {"weight": dense}), **packed(shape, bench, generator), **others}
 
 
 def _int4_ways(shape: Shape, bench: Bench, generator: torch.Generator) -> dict[str, Way]:
@@ -277,9 +279,22 @@ def _in_copies(product: Callable[[Mapping[str, Tensor], Tensor], Tensor], weight
     """A product with so many copies of its weights that no cache holds one until its turn comes again."""
     n_bytes = sum(tensor.nbytes for tensor in weights.values())
     copies = [weights]
-    while len(copies) < min(MOST_COPIES, 1 + BUFFER_BYTES // n_bytes):
+    while len(copies) < _copies(n_bytes):
         copies.append({name: tensor.clone() for name, tensor in weights.items()})
     return Way([partial(product, copy) for copy in copies], n_bytes)
+
+
+def _copies(n_bytes: int) -> int:
+    return min(MOST_COPIES, 1 + BUFFER_BYTES // n_bytes)
+
+
+def _ggml_serves(shape: Shape, bench: Bench) -> bool:
+    return bench.device.type == "cpu" and version() is not None and fits(shape[0])
+
+
+def _ggml_way(dense: Tensor, bits: int) -> Way:
+    first, *_ = found = products(dense, bits, _copies(dense.numel() * bits // 8))
+    return Way(found, first.weight_bytes)
 
 
 def _dense_product(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -373,7 +388,7 @@ def _conditions(bench: Bench, load_before: float) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "load_average_before": round(load_before, 1),
         "load_average_after": round(psutil.getloadavg()[0], 1),
-        "llama_cpp": "installed" if shutil.which("llama-bench") or find_spec("llama_cpp") else "absent",
+        "llama_cpp": version() or "absent",
     }
 
 
