@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 STRETCH_TOKENS = 256
 """Steps for which one capture serves. To capture costs about what one of them does uncaptured; the longer a stretch,
 the more keys each of its steps reads only to hide them."""
+
+MOST_BROKEN = 3
+"""Captures that may be refused before no more are tried: what a broken one had allocated, torch 2.13 keeps for good."""
 
 T = TypeVar("T")
 
@@ -56,18 +59,23 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Captures CUDA graphs, on a stream apart. Other threads may use the card meanwhile."""
+    """Captures CUDA graphs, on a stream apart. Other threads may use the card meanwhile; one that waits for all of it
+    breaks the capture."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._broken = 0
 
     def capture(self, step: Callable[[], T]) -> Callable[[], T]:
         """Where the card refuses, the step itself: that costs time, never the answer."""
+        if self._broken >= MOST_BROKEN:
+            return step
         try:
             graph = torch.cuda.CUDAGraph()
             with _capturing, torch.cuda.device(self._device), self._into(graph):
                 result = step()
         except RuntimeError as error:
+            self._broken += not isinstance(error, torch.OutOfMemoryError)  # after which torch tidies up
             reason = str(error).splitlines()[0]
             log.warning("a decode step cannot be captured, and is started kernel by kernel: %s", reason)
             return step
@@ -80,11 +88,19 @@ class CudaRecorder:
 
     @contextmanager
     def _into(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        # The outer context puts the stream in use back, which torch's own leaves as it is where a capture fails.
-        with torch.cuda.stream(torch.cuda.current_stream(self._device)):
-            stream = _capture_stream(self._device)
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        stream, pool = _capture_stream(self._device), torch.cuda.graph_pool_handle()
+        try:
+            # The outer context puts the stream in use back, which torch's own leaves as it is where a capture fails.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 yield
+        except RuntimeError:
+            # Torch 2.11 and 2.12 go on as if a broken capture had no end, and give no memory back from then on.
+            with suppress(RuntimeError):  # it is over already
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            raise
 
 
 _capturing = Lock()
@@ -101,8 +117,9 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
+@cache
 def open_recorder(device: torch.device) -> Recorder | None:
-    """What captures on this device, if anything does."""
+    """What captures on this device, if anything does: one for the process, which remembers what the card refused."""
     return CudaRecorder(device) if device.type == "cuda" else None
 
 

@@ -26,7 +26,7 @@ and 63 MB at most all the same."""
 
 TICK_S = 0.02
 PATIENCE_S = 5.0
-"""How much later than its own length sound may end before the loudspeaker counts as gone."""
+"""How long a loudspeaker may take nothing before it counts as gone; how fast it plays is its own affair."""
 
 Fill = Callable[[np.ndarray], None]
 """Writes the next samples into a float32 [S] of the sound card's."""
@@ -112,8 +112,8 @@ class SpeechPlayed(Speech):
     def _wait_until_left(self, samples: int) -> None:
         """Wait until no more than `samples` are left to play, or nobody wants to hear them."""
         assert self._stream
-        patience_s = (self._left_samples - samples) / SAMPLE_RATE_HZ + PATIENCE_S
-        while self._left_samples > samples and not self._is_hushed:
+        patience_s = PATIENCE_S
+        while (left := self._left_samples) > samples and not self._is_hushed:
             if not self._stream.active or patience_s < 0:
                 raise BackendError(
                     f"the loudspeaker stopped with {self._left_samples / SAMPLE_RATE_HZ:.2f} s of speech left to play",
@@ -121,7 +121,7 @@ class SpeechPlayed(Speech):
                     hint="check the sound device, or write a file with -o",
                 )
             self._wait(TICK_S)
-            patience_s -= TICK_S
+            patience_s = PATIENCE_S if self._left_samples < left else patience_s - TICK_S
 
 
 def open_loudspeaker() -> SpeechPlayed:
@@ -159,7 +159,8 @@ def _portaudio_errors(sounddevice: ModuleType) -> Iterator[None]:
     try:
         yield
     except (sounddevice.PortAudioError, ValueError) as error:
-        raise _missing(str(error), "connect a sound device, or write a file with -o") from error
+        reason = f"PortAudio has no output at {SAMPLE_RATE_HZ:,} Hz: {error}"
+        raise _missing(reason, "connect or choose another sound device, or write a file with -o") from error
 
 
 def _missing(reason: str, hint: str) -> BackendError:

@@ -224,6 +224,18 @@ def test_weights_that_have_moved_are_captured_again(
     assert counted.captures > captures
 
 
+def test_a_capture_that_breaks_costs_neither_the_answer_nor_memory(caplog: pytest.LogCaptureFixture):
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorder, ones = CudaRecorder(device), torch.ones(4, device=device)
+    assert recorder.capture(lambda: float(ones.sum()))() == 4.0  # to wait for a number breaks a capture
+    assert "cannot be captured" in caplog.text
+    before_bytes = torch.cuda.memory_reserved()
+    torch.empty(64 * MIB, dtype=torch.uint8, device=device)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before_bytes
+    assert float(recorder.capture(lambda: ones + 1)()[0]) == 2.0
+
+
 def test_two_runtimes_at_once_say_what_each_says_alone(demo: Path):
     def answers(omni: OmniRuntime) -> list[tuple]:
         return [spoken(omni, seed) for seed in range(6)]

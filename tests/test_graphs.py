@@ -323,3 +323,20 @@ def test_a_capture_that_is_refused_costs_no_answer(caplog: pytest.LogCaptureFixt
         again = CudaRecorder(torch.device("cuda:0")).capture(lambda: 7)
     assert again() == 7
     assert "cannot be captured" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch refuses where there is no card")
+def test_a_card_is_asked_no_more_after_three_refusals(caplog: pytest.LogCaptureFixture):
+    recorder = CudaRecorder(torch.device("cuda:0"))
+    with caplog.at_level(logging.WARNING):
+        assert [recorder.capture(lambda: 7)() for _ in range(5)] == [7] * 5
+    assert caplog.text.count("cannot be captured") == 3
+
+
+def test_a_card_has_one_recorder_for_all_turns():
+    card = torch.device("cuda:0")
+    assert open_recorder(card) is open_recorder(card) is not open_recorder(torch.device("cuda:1"))
+
+
+def test_torch_has_what_ends_a_broken_capture():
+    assert callable(torch._C._cuda_endAllocateToPool)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import sys
 from types import ModuleType
 
@@ -115,11 +116,21 @@ def test_a_loudspeaker_that_goes_is_a_failure_for_afterwards(card: SoundCard, sp
     assert "stopped with 0.96 s of speech left" in str(speech.failure) and card.waits == 3
 
 
-def test_a_loudspeaker_that_only_seems_to_play_is_given_up(card: SoundCard):
-    speech = SpeechPlayed(card.start, wait=lambda seconds: None)
-    speech.show(chunk(np.ones(RATE_HZ)))
+def test_a_loudspeaker_that_only_seems_to_play_is_given_up_after_5_s_whatever_is_left(card: SoundCard):
+    waits: list[float] = []
+    speech = SpeechPlayed(card.start, waits.append)
+    speech.show(chunk(np.ones(600 * RATE_HZ)))
     speech.show(FINISHED)
     assert isinstance(speech.failure, BackendError)
+    assert sum(waits) == pytest.approx(5.0, abs=0.05)
+
+
+def test_a_loudspeaker_that_plays_at_a_quarter_of_its_rate_is_heard_out(card: SoundCard):
+    waits = itertools.count()
+    speech = SpeechPlayed(card.start, lambda seconds: None if next(waits) % 4 else card.tick())
+    speech.show(chunk(ramp(0, 400 * BLOCK)))
+    speech.show(FINISHED)
+    assert speech.failure is None and np.array_equal(card.sound, ramp(0, 400 * BLOCK))
 
 
 def test_without_a_sound_there_is_nothing_to_close(card: SoundCard, speech: SpeechPlayed):
@@ -143,5 +154,5 @@ def test_a_machine_without_a_sound_device_is_told_so(monkeypatch: pytest.MonkeyP
 
     package.check_output_settings = check_output_settings  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sounddevice", package)
-    with pytest.raises(BackendError, match=r"cannot be played: Error querying device -1 \(connect a sound device"):
+    with pytest.raises(BackendError, match=r"no output at 24,000 Hz: Error querying device -1 \(connect or choose"):
         open_loudspeaker()

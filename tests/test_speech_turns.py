@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+from test_damaged_weights import damaged
 from test_turn import SPEECH, STAGES, answer, plan_of, turn_of
 
+from lowvram.errors import CheckpointError
+from lowvram.events import AudioChunk
+from lowvram.listeners import SpeechFile
 from lowvram.offload.plan import Placement
 from lowvram.options import SamplingParams, SpeechParams
 from lowvram.runtime import OmniRuntime
@@ -77,3 +83,23 @@ def test_a_voice_too_large_to_keep_is_conditioned_for_each_answer(omni: OmniRunt
     assert omni._machine.conditionings.n_bytes == 0
     assert phases_of(omni)[0] == "condition"
     np.testing.assert_array_equal(samples_of(omni), first)
+
+
+def test_a_code_whose_sound_is_no_number_ends_the_answer_and_leaves_a_valid_file(demo: Path, tmp_path: Path):
+    speech = replace(BRIEF, sampling=replace(BRIEF.sampling, max_tokens=100), chunk_s=0.24)
+    with OmniRuntime.open(demo, device="cpu", dtype="float32") as omni:
+        *events, whole = omni.generate(MESSAGES, sampling=SAMPLING, speech=speech)
+    late = next(code for code in whole.codec_ids[60:] if code not in whole.codec_ids[:60])
+    table = "token2wav.code2wav_dit_model.text_embed.codec_embed.weight"
+    file = SpeechFile(tmp_path / "reply.wav")
+    model = damaged(demo, tmp_path / "model", table, np.nan, late)
+    with OmniRuntime.open(model, device="cpu", dtype="float32") as omni:
+        with pytest.raises(CheckpointError, match="speech breaks off"):
+            for event in omni.generate(MESSAGES, sampling=SAMPLING, speech=speech):
+                file.show(event)
+        file.close()
+        list(omni.generate(MESSAGES, sampling=SAMPLING, speech=None))  # it can still write
+    healthy = np.concatenate([event.samples for event in events if isinstance(event, AudioChunk)])
+    kept, _ = soundfile.read(tmp_path / "reply.wav", dtype="float32")
+    assert 0 < len(kept) < len(healthy)
+    np.testing.assert_allclose(kept, healthy[: len(kept)], atol=1e-4)

@@ -118,7 +118,10 @@ class Evaluations:
         return finished, windows
 
     def _leave(self, arrivals: Sequence[Arrival], moving: list[_Rows]) -> list[Tensor]:
-        """Rows to velocities, the branches weighed as the reference does: v + g (v - v_null)."""
+        """Rows to velocities, the branches weighed as the reference does: v + g (v - v_null).
+
+        Classifier-free guidance, J. Ho and T. Salimans, https://arxiv.org/abs/2207.12598, equation 6.
+        """
         turns = [rows.turn for rows in moving]
         scale, shift = _per_row([self._conditioning.out_modulations[a.evaluation] for a in arrivals], turns)
         rows = self._dit.norm_out.norm(_join_rows(moving)) * (1 + scale) + shift

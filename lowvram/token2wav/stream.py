@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..flow import Attempt, Weights, at_once
 from ..options import SpeechParams
 from .conditioning import Conditioning
@@ -48,6 +49,8 @@ def decode_speech(
     brings the DiT's decoder layers where they are blocks of their own; they compute in the precision they come in.
     `conditioning` was made for `params`; it may be on the host. `seed` fixes the noise, and with it the sound, whatever
     the chunks. Closing the generator lets go of all state.
+
+    Raises CheckpointError where samples would be NaN or infinite; what came before stands.
     """
     mel = attempt(partial(_open, dit, partial(_open_dit, heard=conditioning, params=params, seed=seed, layers=layers)))
     sound = attempt(partial(_open, bigvgan, StreamingVocoder))
@@ -104,4 +107,14 @@ def _step(
 
 
 def _on_host(samples: Tensor) -> np.ndarray:
-    return samples.float().cpu().numpy()
+    """Samples [S] as a caller gets them. Whether they are numbers is asked here: sooner would be one more wait."""
+    heard = samples.float().cpu().numpy()
+    finite = np.isfinite(heard)
+    if not finite.all():
+        raise CheckpointError(
+            f"speech breaks off: {np.count_nonzero(~finite):,} of its next {len(heard):,} samples are not numbers",
+            tensor="token2wav.",
+            hint="1 or more weights of token2wav are damaged: download the model again;"
+            " or its numbers are beyond float16: try --speech-dtype bfloat16 or float32",
+        )
+    return heard

@@ -47,12 +47,13 @@ class StreamingVocoder:
         """Log-mel [1, M, F] in, the samples [S] that became final out, in -1..1; `last` gives all that are left.
 
         dtype and device are the weights'. After the last push, 240 samples per frame have come out; an utterance of
-        no frames has no samples.
+        no frames has no samples. What comes of infinities is NaN, where clipping would make it loud sound.
         """
         self._started.value |= mel.shape[-1] > 0
         if not self._started.value:
             return mel.new_empty(0)
-        return self._network.push(self._to_decibel(mel), last).clamp(-1.0, 1.0).flatten()
+        samples = self._network.push(self._to_decibel(_or_nan(mel)), last)
+        return _or_nan(samples).clamp(-1.0, 1.0).flatten()
 
     @property
     def state_bytes(self) -> int:
@@ -193,6 +194,11 @@ class _Transposed:
         self._skip.value -= skipped
         y = y[..., skipped:]
         return y if bias is None else y + bias[:, None]
+
+
+def _or_nan(x: Tensor) -> Tensor:
+    """The same where it is finite, else NaN."""
+    return x + x * 0
 
 
 def _join(waiting: Tensor | None, x: Tensor) -> Tensor:

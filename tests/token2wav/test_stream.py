@@ -11,6 +11,7 @@ import torch
 from scarce_memory import NoRoom, PassingBlock, passing
 from small_models import COUPLING, relative, small_dit, small_token2wav, some_codes, some_speaker, whole_decode
 
+from lowvram.errors import CheckpointError
 from lowvram.options import MODES, SpeechParams
 from lowvram.token2wav.conditioning import condition
 from lowvram.token2wav.ode import time_grid
@@ -26,8 +27,8 @@ def heard(params):
     return condition(nullcontext(dit), some_speaker(), params)
 
 
-def speech(codes, params=ONE_EVALUATION, *, seed=7, **options):
-    model = small_token2wav(torch.float32, COUPLING)
+def speech(codes, params=ONE_EVALUATION, *, seed=7, model=None, **options):
+    model = model or small_token2wav(torch.float32, COUPLING)
     blocks = nullcontext(model.code2wav_dit_model), nullcontext(model.code2wav_bigvgan_model)
     return decode_speech(codes, *blocks, heard(params), params, seed=seed, **options)
 
@@ -207,3 +208,46 @@ def test_one_conditioning_serves_any_number_of_utterances_and_modes() -> None:
         params, codes = SpeechParams(mode=mode, steps=3), some_codes(30, seed=len(mode))
         pieces = decode_speech(codes, *blocks, shared, params, seed=7)
         assert torch.equal(joined(pieces), joined(speech(codes, params)))
+
+
+def damaged(weight, place=0, odd=float("nan")):
+    """The model with one number that is none."""
+    model = copy.deepcopy(small_token2wav(torch.float32, COUPLING))
+    model.get_parameter(weight).data.view(-1)[place] = odd
+    return model
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        "code2wav_dit_model.text_embed.codec_embed.weight",
+        "code2wav_dit_model.input_embed.proj.bias",
+        "code2wav_dit_model.transformer_blocks.1.attn.to_k.weight",
+        "code2wav_dit_model.transformer_blocks.4.ff.ff.0.weight",
+        "code2wav_dit_model.proj_out.bias",
+        "code2wav_bigvgan_model.conv_pre.weight",
+        "code2wav_bigvgan_model.ups.1.0.weight",
+        "code2wav_bigvgan_model.resblocks.3.convs1.0.bias",
+        "code2wav_bigvgan_model.conv_post.weight",
+    ],
+)
+@pytest.mark.parametrize("guidance", [0.0, 0.5])
+def test_a_weight_that_is_no_number_ends_the_speech_with_one_sentence(weight, odd, guidance) -> None:
+    params = SpeechParams(steps=2, chunk_s=0.24, guidance=guidance)
+    with pytest.raises(CheckpointError, match=r"samples are not numbers \(1 or more weights of token2wav") as refused:
+        list(speech([0] * 40, params, model=damaged(weight, odd=odd)))
+    assert refused.value.tensor == "token2wav."
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_sounded_before_a_code_that_is_no_number_is_what_it_would_have_been(mode) -> None:
+    codes, params, pieces = some_codes(200), SpeechParams(mode=mode, steps=3, chunk_s=0.24), []
+    table = "code2wav_dit_model.text_embed.codec_embed.weight"
+    width = small_token2wav().get_parameter(table).shape[1]
+    with pytest.raises(CheckpointError):
+        for piece in speech(codes, params, model=damaged(table, codes[150] * width)):
+            pieces.append(piece)
+    heard = joined(pieces)
+    assert len(heard) > 60 * 480
+    assert torch.equal(heard, joined(speech(codes, params))[: len(heard)])

@@ -1,5 +1,6 @@
 """The streaming vocoder against the reference's forward over the whole utterance."""
 
+import copy
 from functools import cache
 
 import pytest
@@ -119,6 +120,23 @@ def test_a_push_that_found_no_room_can_be_taken_back(operators) -> None:
 
 def test_loud_sound_is_clipped_as_in_the_reference() -> None:
     assert whole(96).abs().max() == streamed(some_mel(96), 96).abs().max() == 1
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_a_frame_that_is_no_number_is_nan_as_far_as_it_is_heard(odd) -> None:
+    healthy, mel = streamed(some_mel(120), 24), some_mel(120)
+    mel[:, 3, 60] = odd
+    sound = streamed(mel, 24)
+    heard = slice((60 - VOCODER_REACH_FRAMES) * HOP, (61 + VOCODER_REACH_FRAMES) * HOP)
+    assert sound[60 * HOP : 61 * HOP].isnan().all()
+    sound[heard] = healthy[heard]
+    assert torch.equal(sound, healthy)
+
+
+def test_samples_beyond_float32_are_nan_and_not_the_loudest() -> None:
+    vocoder = copy.deepcopy(small_vocoder(torch.float32))
+    vocoder.conv_post.weight.data.zero_()[0, 0, 3] = 3e38  # one factor: a sum of infinities may be NaN by itself
+    assert streamed(some_mel(40, torch.float32), 40, vocoder).isnan().any()
 
 
 def test_no_frames_make_no_samples() -> None:
