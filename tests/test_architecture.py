@@ -12,6 +12,7 @@ import pytest
 import lowvram
 
 PACKAGE = Path(lowvram.__file__).parent
+EXAMPLES = Path(__file__).parent.parent / "examples"
 MODULES = {
     ".".join(["lowvram", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -73,7 +74,7 @@ def test_the_modelling_library_is_imported_in_few_rooms():
     users = {
         m.removeprefix("lowvram.") for m, p in MODULES.items() if reaches(imports(p, top_level=False), "transformers")
     }
-    assert users <= {*LIBRARY_ROOMS, "cli"}
+    assert users <= {*LIBRARY_ROOMS, "opening"}
 
 
 def test_cuda_is_named_in_few_rooms():
@@ -82,7 +83,10 @@ def test_cuda_is_named_in_few_rooms():
 
 
 def test_terminals_are_the_command_lines_business():
-    for library, rooms in (("typer", {"lowvram.cli", "lowvram.flags"}), ("rich", {"lowvram.terminal"})):
+    for library, rooms in (
+        ("typer", {"lowvram.cli", "lowvram.flags", "lowvram.flag_groups"}),
+        ("rich", {"lowvram.terminal"}),
+    ):
         assert {m for m, p in MODULES.items() if reaches(imports(p, top_level=False), library)} <= rooms
 
 
@@ -104,3 +108,14 @@ def test_imports_have_no_cycles():
 
     for module in edges:
         walk(module, ())
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_use_public_names_alone(example: Path):
+    nodes = list(ast.walk(ast.parse(example.read_text(encoding="utf-8"))))
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named = {
+        f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    ours = {name for name in modules | named if reaches({name}, "lowvram")}
+    assert ours <= {f"lowvram.{name}" for name in lowvram.__all__}
