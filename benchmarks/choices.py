@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agreement import wilson_interval
+from text_files import read_text
 
 from lowvram.errors import OptionError
 from lowvram.media import Kind, open_medium
@@ -43,10 +44,7 @@ class Question:
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     """The questions of a file, at most `limit`. Raises OptionError, with the line, for one that is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path} cannot be read: {error}", hint=f"a line for each question: {EXAMPLE}") from error
+    lines = read_text(path, f"a line for each question: {EXAMPLE}").split("\n")
     filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not filled:
         raise OptionError(f"{path} has 0 questions", hint=f"a line for each: {EXAMPLE}")

@@ -12,6 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from text_files import read_text
+
 from lowvram.errors import LowVRAMError, OptionError
 from lowvram.media import Kind, Medium, open_medium, open_video, read_sound
 from lowvram.options import Limits
@@ -84,10 +86,7 @@ def at_most(limit: int | None, prompts: Iterator[Prompt]) -> list[Prompt]:
 
 
 def _paragraphs(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path} cannot be read: {error}", hint="a text in UTF-8") from error
+    text = read_text(path, "a text in UTF-8")
     paragraphs = [
         "\n".join(lines) for filled, lines in groupby(text.splitlines(), key=lambda line: bool(line.strip())) if filled
     ]

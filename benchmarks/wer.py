@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from text_files import read_text
 
 from lowvram.errors import OptionError
 
@@ -25,10 +26,10 @@ QUESTION = "Transcribe the English audio into text without any punctuation marks
 SOUNDS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".m4a")
 
 IDEOGRAPHS = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\W_{IDEOGRAPHS}]+(?:'[^\W_{IDEOGRAPHS}]+)*'?")
+WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\W_{IDEOGRAPHS}]+(?:'[^\W_{IDEOGRAPHS}]+)*")
 
 NORMALIZATION = (
-    "NFKC, lower case; words are runs of letters and digits, with apostrophes inside or after; a CJK ideograph is a"
+    "NFKC, lower case; words are runs of letters and digits, with apostrophes inside; a CJK ideograph is a"
     " word of its own; all else is dropped; numbers are not spelled out"
 )
 """What `words_of` does, for the card."""
@@ -116,7 +117,7 @@ def _estimate(rate: float, resampled: np.ndarray) -> dict[str, Any]:
 
 def _librispeech(folder: Path) -> Iterator[tuple[Path, str]]:
     for listing in sorted(folder.rglob("*.trans.txt")):
-        for line in listing.read_text(encoding="utf-8").splitlines():
+        for line in read_text(listing, "a transcript in UTF-8").splitlines():
             name, _, transcript = line.strip().partition(" ")
             sound = _sound(listing.parent, name) if name else None
             if sound:
@@ -127,7 +128,7 @@ def _same_name(folder: Path) -> Iterator[tuple[Path, str]]:
     for text in sorted(folder.rglob("*.txt")):
         sound = _sound(text.parent, text.stem)
         if sound:
-            yield sound, text.read_text(encoding="utf-8").strip()
+            yield sound, read_text(text, "a transcript in UTF-8").strip()
 
 
 def _sound(folder: Path, name: str) -> Path | None:

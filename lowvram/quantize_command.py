@@ -64,13 +64,16 @@ class _Layers:
     def _time_left(self) -> str:
         if self._began_s is None:
             return "done before"
+        if self._done == self._total:
+            return "what is left is to compare next words"
         left_s = (self._clock() - self._began_s) / self._computed * (self._total - self._done)
         return f"about {left_s / 60:.0f} min left" if left_s >= 90 else f"about {left_s:.0f} s left"
 
 
 def _part_line(part: PartReport) -> str:
     sizes = f"{format_bytes(part.bytes_before)} -> {format_bytes(part.bytes_after)}"
-    return f"{part.part}: {part.linears} linears in {part.bits} bits, {sizes}, error {part.weight_error:.2e}"
+    count = f"{part.linears} linear{'s' * (part.linears > 1)}"
+    return f"{part.part}: {count} in {part.bits} bits, {sizes}, error {part.weight_error:.2e}"
 
 
 def report_text(report: QuantizeReport) -> str:

@@ -114,7 +114,7 @@ def test_each_layer_says_how_long_the_others_will_take():
         "done before",
         "about 2 min left",
         "about 60 s left",
-        "about 0 s left",
+        "what is left is to compare next words",
     ]
     assert said.lines[1].startswith("layer 2 of 4: error 4.00e-03, rounded to nearest 1.00e-02; ")
     assert said.stages == ["layer 2 of 4", "layer 3 of 4", "layer 4 of 4"]

@@ -6,6 +6,9 @@ in memory: sums over the vocabulary are carried along, as a streamed softmax doe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,10 +18,19 @@ SLICE_LOGITS = 2**23
 """Logits at once, of all models and tokens together: 64 MiB in float64."""
 
 
+@dataclass(frozen=True)
+class ByToken:
+    """Of every model but the first with the first, on the host: `kl` [M - 1, n] float64 in nats, and `same_top`
+    [M - 1, n] bool, whether both find the same next token likeliest."""
+
+    kl: Tensor
+    same_top: Tensor
+
+
 class HeadComparison:
     """Compares models by their final hidden states [M, n, H] float32 (after the norm), the first being the standard.
 
-    `add` all rows of the output head, in order; then ask for `agreements`.
+    `add` all rows of the output head, in order; then ask how they agree `by_token`.
     """
 
     def __init__(self, hidden: Tensor) -> None:
@@ -55,8 +67,14 @@ class HeadComparison:
             return (self._hidden @ rows.t()).double()
         return torch.cat((self._hidden[:1] @ rows.t(), self._hidden[1:] @ others.t())).double()
 
-    def agreements(self) -> list[Agreement]:
-        """Of every model but the first with the first."""
-        kl = (self._difference - self._lse[0] + self._lse).clamp(min=0).mean(-1).cpu().tolist()
-        top1 = (self._likeliest == self._likeliest[0]).double().mean(-1).cpu().tolist()
-        return [Agreement(*pair) for pair in zip(kl, top1, strict=True)][1:]
+    def by_token(self) -> ByToken:
+        """What there is to say once the whole head has been added."""
+        kl = (self._difference - self._lse[0] + self._lse).clamp(min=0)
+        return ByToken(kl[1:].cpu(), (self._likeliest == self._likeliest[0])[1:].cpu())
+
+
+def agreements(parts: Sequence[ByToken]) -> list[Agreement]:
+    """Of every model but the first with the first, over the tokens of all `parts`."""
+    kl = torch.cat([part.kl for part in parts], dim=1).mean(1).tolist()
+    top1 = torch.cat([part.same_top for part in parts], dim=1).double().mean(1).tolist()
+    return [Agreement(*pair) for pair in zip(kl, top1, strict=True)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import INDEX_FILE, TensorHeader
+from ..checkpoint import TensorHeader
 from ..checkpoint_writer import whole_file, write_index, write_json
 from ..quant.recipe import LINEARS, compressed_config, quantization_config
 from ..quant.storage import Storage
@@ -17,7 +17,7 @@ from .parts import HEAD_PART, Part, any_layer
 
 REPORT_FILE = "quantize_report.json"
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx", INDEX_FILE)
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".gguf", ".onnx", ".index.json")
 """Weights of the source in any format: they would contradict the new ones."""
 
 

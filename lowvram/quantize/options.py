@@ -38,6 +38,9 @@ class QuantizeOptions:
         for name, known in (("bits", WIDTHS), ("also_bits", WIDTHS), ("group_size", GROUP_SIZES)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name} is {getattr(self, name)}", hint=f"one of: {', '.join(map(str, known))}")
+        for name in ("calibrate", "also"):
+            if isinstance(getattr(self, name), str):
+                raise OptionError(f"{name} is {getattr(self, name)!r}, a word instead of several", hint="give a tuple")
         for part in self.also:
             if part not in ALSO:
                 raise OptionError(f"also names {part!r}", hint=f"any of: {', '.join(ALSO)}")
@@ -45,6 +48,9 @@ class QuantizeOptions:
             raise OptionError(f"also names {', '.join(self.also)}, one of them twice", hint="name each once")
         if self.also_bits != type(self).also_bits and not self.also:
             raise OptionError(f"also_bits is {self.also_bits}, but also names nothing", hint="leave it out")
+        for name in ("samples", "sample_tokens", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise OptionError(f"{name} is {getattr(self, name)!r}, but must be a whole number")
         for name in ("samples", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} is {getattr(self, name)}, but must be at least 1")

@@ -60,7 +60,8 @@ class Part:
     @property
     def sentence(self) -> str:
         """What it deviates from the published recipe by."""
-        told = f"{self.name}: {len(self.sources)} linears in {self.storage.bits} bits, rounded to nearest"
+        count = len(self.sources)
+        told = f"{self.name}: {count} linear{'s' * (count > 1)} in {self.storage.bits} bits, rounded to nearest"
         if not self.left_alone:
             return told
         left = ", ".join(self.left_alone)

@@ -7,9 +7,7 @@ that is stopped goes on after its last finished layer, and ends with the same by
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +22,6 @@ from ..checkpoint import (
     TensorHeader,
     TensorReader,
     open_checkpoint,
-    read_config,
     stored_dtype,
 )
 from ..checkpoint_writer import (
@@ -45,16 +42,17 @@ from ..quant.layer import LayerQuantizer, round_to_nearest
 from ..quant.recipe import LINEARS
 from ..quant.reference import ReferenceBackend
 from ..quant.storage import AWQStorage, Storage, compressed
-from .agreement import HeadComparison
+from .agreement import ByToken, HeadComparison, agreements
 from .finish import finish_checkpoint, quantized_config
 from .layout import layer_prefix, plan_layout
 from .options import ALSO, LAYERS, Agreement, Deviations, LayerReport, PartReport, QuantizeOptions, QuantizeReport
 from .parts import HEAD_PART, PartWriter, find_part, read_rows
-from .rows import QUANTIZED, ROUNDED, SIXTEEN_BIT, TRACKS, HeldOut, Samples
-from .samples import Block, Embedder, Run, choose_blocks, embedded_blocks, gather_runs, phase_with
+from .rows import QUANTIZED, ROUNDED, SIXTEEN_BIT, TRACKS, HeldOut, RowFile, Samples
+from .samples import Block, Choice, Embedder, Run, choose_blocks, embedded_blocks, gather_runs, phase_with
+from .source import fingerprint, name_only, published_config, refuse_quantized
 from .state import Unfinished, require_new_or_unfinished, require_room
 
-RECIPE = 1
+RECIPE = 2
 """Raise it when the same options begin to give other bytes, so that no run is finished differently than it began."""
 
 CALIBRATION, HELD_OUT = "calibration", "held_out"
@@ -63,6 +61,9 @@ ROW_DTYPE = {CALIBRATION: torch.bfloat16, HELD_OUT: torch.float32}
 """Of rows between two layers: the 16-bit model hands on no more either; but what is compared is not to be rounded."""
 
 ROW_TRACKS = {CALIBRATION: 1, HELD_OUT: TRACKS}
+
+COMPARED_TOKENS = 2048
+"""Held-out tokens whose next words are compared at once: four models' hidden states are then 112 MiB for a 7B."""
 
 GO_ON = "once there is room, the same command goes on where it stopped"
 
@@ -85,11 +86,11 @@ def quantize_checkpoint(
 
     Raises CheckpointError for a source that cannot be read, is quantized already or computes what is not a number,
     UnsupportedQuantError for groups that do not divide its linears, OptionError for a target that holds something else,
-    a disk that is too small or too little to calibrate on, MediaError for media that cannot be used, and
-    BudgetExceededError where the device runs out.
+    a disk that is too small, another process at work there or too little to calibrate on, MediaError for media that
+    cannot be used, and BudgetExceededError where the device runs out.
     """
     checkpoint = open_checkpoint(source, on_progress=on_download)
-    _refuse_quantized(checkpoint)
+    refuse_quantized(checkpoint)
     with (
         _out_of_room_told(target, device),
         TensorReader() as reader,
@@ -134,20 +135,21 @@ class _Quantization:
     def run(self) -> Iterator[Event]:
         if self._deviations:
             yield Deviations(self._deviations)
-        self._open_target()
-        yield from self._copy_others()
-        yield from self._quantize_parts()
-        yield from self._embed_samples()
-        calibrated, held_out = self._samples(CALIBRATION), self._samples(HELD_OUT)
-        reports = []
-        for index in range(len(self._layer_names)):
-            if self._state.read(f"layer-{index}") is None:
-                yield from self._quantize_layer(index, calibrated, held_out)
-            yield Progress(LAYERS, index + 1, len(self._layer_names), "layers")
-            reports.append(LayerReport(**self._state.read(f"layer-{index}")))
-            yield reports[-1]
-        report = self._report(reports, calibrated, held_out)
-        self._finish(report)
+        self._require_place()
+        begun = self._state.read(HELD_OUT) is not None
+        chosen = None if begun else self._choose_samples()
+        with self._state.alone():
+            self._state.open_run(self._record(), begun=begun)
+            if chosen:
+                yield from self._embed_samples(*chosen)
+            yield from self._copy_others()
+            yield from self._quantize_parts()
+            calibrated, held_out = self._samples(CALIBRATION), self._samples(HELD_OUT)
+            layers = yield from self._quantize_layers(calibrated, held_out)
+            agreeing = yield from self._compare_next_words(held_out)
+            report = self._report(layers, agreeing, calibrated, held_out)
+            self._finish(report)
+        self._state.discard()
         yield report
 
     @property
@@ -158,12 +160,10 @@ class _Quantization:
         written = "all of it is written as compressed-tensors instead of AWQ"
         return (*thinker, *(part.sentence for part in self._parts), written)
 
-    def _open_target(self) -> None:
-        """Make the folder, or recognize it as ours. What is wrong is said before anything is written."""
+    def _require_place(self) -> None:
+        """There is a new folder or one of ours, and room for all of it."""
         require_new_or_unfinished(self._target)
         require_room(self._target, self._layout.file_bytes + self._rows_bytes(), self._checkpoint.name)
-        self._target.mkdir(parents=True, exist_ok=True)
-        self._state.open_run(self._record())
 
     def _rows_bytes(self) -> int:
         """Of the rows before a layer and after it, at most: held-out ones are an eighth as many as calibrated ones."""
@@ -172,15 +172,13 @@ class _Quantization:
 
     def _record(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
-        headers = [(e.name, e.dtype, e.shape, e.path.name, e.offset, e.file_bytes) for e in self._tensors.values()]
-        told = json.dumps([self._published_config(), headers], sort_keys=True)
         options = asdict(self._options) | {"calibrate": [str(Path(p).absolute()) for p in self._options.calibrate]}
-        weights = hashlib.sha256(told.encode()).hexdigest()[:16]
-        return {"recipe": RECIPE, "weights": weights, "device": self._device.torch.type, **options}
-
-    def _published_config(self) -> dict[str, Any]:
-        """Read anew: the modelling library writes into what it is given."""
-        return read_config(self._checkpoint.folder / "config.json", self._checkpoint.name)
+        return {
+            "recipe": RECIPE,
+            "weights": fingerprint(self._checkpoint, self._reader),
+            "device": self._device.torch.type,
+            **options,
+        }
 
     def _copy_others(self) -> Iterator[Progress]:
         """Copy every tensor that stays as it is."""
@@ -213,19 +211,19 @@ class _Quantization:
         kept = self._state.read(f"part-{name}")
         return PartReport(**kept | {"left_alone": tuple(kept["left_alone"])})
 
-    def _embed_samples(self) -> Iterator[Progress]:
-        """Turn texts and media into the rows that the first layer reads."""
-        if self._state.read(HELD_OUT) is not None:
-            return
+    def _choose_samples(self) -> tuple[Sequence[Run], Choice]:
+        """Read what there is to calibrate on, as far as it takes to choose from it. What is wrong with that is said
+        before anything is written."""
         options = self._options
         preprocessor = Preprocessor(self._checkpoint.folder, self._checkpoint.config)
         runs = gather_runs(preprocessor, options.calibrate, seed=options.seed)
-        choice = choose_blocks(
-            [run.length for run in runs],
-            samples=options.samples,
-            sample_tokens=options.sample_tokens,
-            seed=options.seed,
+        lengths = [run.length for run in runs]
+        return runs, choose_blocks(
+            lengths, samples=options.samples, sample_tokens=options.sample_tokens, seed=options.seed
         )
+
+    def _embed_samples(self, runs: Sequence[Run], choice: Choice) -> Iterator[Progress]:
+        """Turn texts and media into the rows that the first layer reads."""
         with self._embedding_model(len(runs) > 1) as model, Embedder(model, self._device.torch) as embedder:
             yield from self._embed(CALIBRATION, embedder, runs, choice.calibrated)
             yield from self._embed(HELD_OUT, embedder, runs, choice.held_out)
@@ -256,6 +254,19 @@ class _Quantization:
         kept = self._state.read(kind)
         positions = torch.tensor(kept["positions"], device="cpu")
         return Samples(tuple(kept["lengths"]), positions, self._model.thinker.rotary, self._device.torch)
+
+    def _quantize_layers(
+        self, calibrated: Samples, held_out: Samples
+    ) -> Generator[Progress | LayerReport, None, list[LayerReport]]:
+        """Quantize the layers that are left; returns the reports of all."""
+        reports = []
+        for index in range(len(self._layer_names)):
+            if self._state.read(f"layer-{index}") is None:
+                yield from self._quantize_layer(index, calibrated, held_out)
+            yield Progress(LAYERS, index + 1, len(self._layer_names), "layers")
+            reports.append(LayerReport(**self._state.read(f"layer-{index}")))
+            yield reports[-1]
+        return reports
 
     def _quantize_layer(self, index: int, calibrated: Samples, held_out: Samples) -> Iterator[Progress]:
         """Quantize a layer, write its file, and take the rows past it."""
@@ -328,11 +339,13 @@ class _Quantization:
             if path.removesuffix(".weight") not in LINEARS
         }
 
-    def _report(self, layers: Sequence[LayerReport], calibrated: Samples, held_out: Samples) -> QuantizeReport:
-        rounded, quantized, *head_alone = self._agreements(held_out)
+    def _report(
+        self, layers: Sequence[LayerReport], agreeing: Sequence[Agreement], calibrated: Samples, held_out: Samples
+    ) -> QuantizeReport:
+        rounded, quantized, *head_alone = agreeing
         return QuantizeReport(
-            model=_name_only(self._checkpoint.name),
-            options=replace(self._options, calibrate=tuple(map(_name_only, self._options.calibrate))),
+            model=name_only(self._checkpoint.name),
+            options=replace(self._options, calibrate=tuple(map(name_only, self._options.calibrate))),
             deviations=self._deviations,
             calibration_tokens=calibrated.tokens,
             held_out_tokens=held_out.tokens,
@@ -344,21 +357,35 @@ class _Quantization:
             weights_bytes=self._layout.file_bytes,
         )
 
-    def _agreements(self, held_out: Samples) -> list[Agreement]:
+    def _compare_next_words(self, held_out: Samples) -> Generator[Progress, None, list[Agreement]]:
         """How far the next words after held-out tokens agree with those of the model in 16 bit: of the rounded and of
         the quantized thinker, and, where the output head is quantized, of the 16-bit thinker with that head."""
-        device = self._device.torch
-        with (
-            self._on_device(self._names[-1]) as rest,
-            self._state.rows(f"{HELD_OUT}-{len(self._layer_names)}", self._width, ROW_DTYPE[HELD_OUT]) as rows,
-        ):
-            hidden = rest.get_submodule("norm")(rows.read(0, TRACKS * held_out.tokens).to(device))
-        tracks, head = hidden.view(TRACKS, -1, self._width), self._quantized_head
-        comparison = HeadComparison(torch.cat((tracks, tracks[:1])) if head else tracks)
-        for stored in read_rows(self._reader, self._head, comparison.slice_rows):
-            published = stored.to(device).float()
-            comparison.add(published, head.nearest(published) if head else None)
-        return comparison.agreements()
+        head, quantized_head = self._head, self._quantized_head
+        starts = range(0, held_out.tokens, COMPARED_TOKENS)
+        done, total = 0, len(starts) * head.n_bytes
+        compared: list[ByToken] = []
+        with self._on_device(self._names[-1]) as rest, self._held_out_rows() as rows:
+            for start in starts:
+                hidden = self._final_hidden(rest, rows, held_out, start)
+                comparison = HeadComparison(torch.cat((hidden, hidden[:1])) if quantized_head else hidden)
+                for stored in read_rows(self._reader, head, comparison.slice_rows):
+                    published = stored.to(hidden.device).float()
+                    comparison.add(published, quantized_head.nearest(published) if quantized_head else None)
+                    done += stored.nbytes
+                    yield Progress("compare next words", done, total, "bytes")
+                compared.append(comparison.by_token())
+        return agreements(compared)
+
+    def _held_out_rows(self) -> RowFile:
+        """What held-out samples are after the last layer."""
+        return self._state.rows(f"{HELD_OUT}-{len(self._layer_names)}", self._width, ROW_DTYPE[HELD_OUT])
+
+    def _final_hidden(self, rest: nn.Module, rows: RowFile, held_out: Samples, start: int) -> Tensor:
+        """Hidden states [TRACKS, n, H] of some held-out tokens, from token `start` on."""
+        stop = min(start + COMPARED_TOKENS, held_out.tokens)
+        firsts = (track * held_out.tokens for track in range(TRACKS))
+        tracks = torch.stack([rows.read(first + start, first + stop) for first in firsts])
+        return rest.get_submodule("norm")(tracks.to(self._device.torch))
 
     @property
     def _head(self) -> TensorEntry:
@@ -370,9 +397,8 @@ class _Quantization:
         return next((part.storage for part in self._parts if part.name == HEAD_PART), None)
 
     def _finish(self, report: QuantizeReport) -> None:
-        config = quantized_config(self._published_config(), self._options, self._storage, self._parts)
+        config = quantized_config(published_config(self._checkpoint), self._options, self._storage, self._parts)
         finish_checkpoint(self._checkpoint.folder, self._target, self._layout.shards, report, config)
-        self._state.discard()
 
 
 @contextmanager
@@ -407,23 +433,6 @@ def _thinker_storage(options: QuantizeOptions) -> Storage:
     if options.follows_the_recipe:
         return AWQStorage(options.group_size)
     return compressed(options.bits, options.group_size)
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    if checkpoint.quantization:
-        method = checkpoint.quantization.get("quant_method", "a method without a name")
-        bits = checkpoint.quantization.get("bits")
-        raise CheckpointError(
-            f"{checkpoint.name} is quantized already, by {method}" + (f" in {bits} bits" if bits else ""),
-            path=str(checkpoint.folder),
-            hint="name the 16-bit checkpoint that it was made from",
-        )
-
-
-def _name_only(source: str) -> str:
-    """A file or folder without where it lies, which is nobody else's business; a hub id as it is."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
 
 
 def _require_finite(rows: Tensor, where: str) -> None:

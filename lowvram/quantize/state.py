@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..checkpoint_writer import write_json
 from ..errors import OptionError
@@ -24,7 +25,11 @@ from .rows import RowFile
 UNFINISHED = "unfinished"
 """The folder of a run's state, inside the one that it writes to."""
 
+OVER = "finished"
+"""What that folder is called while it is deleted."""
+
 RECORD = "run.json"
+LOCK = "lock"
 
 
 def require_new_or_unfinished(target: Path) -> None:
@@ -56,19 +61,36 @@ class Unfinished:
     def __init__(self, target: Path) -> None:
         self.folder = target / UNFINISHED
 
-    def open_run(self, record: Mapping[str, Any]) -> None:
-        """Begin a run, or go on with the one that is here; `record` says what is asked. Raises OptionError when that
-        one was asked for something else, naming what."""
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While entered, no other process is. Raises OptionError where one is: two would write into the same files. A
+        process that dies leaves nothing behind that keeps others out."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / LOCK, blocking=False, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise OptionError(
+                f"{self.folder.parent} is being written by another process", hint="wait for it, or name another folder"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def open_run(self, record: Mapping[str, Any], *, begun: bool) -> None:
+        """Begin a run, or go on with the one that is here; `record` says what is asked. Until a run has `begun` on what
+        depends on that, it may as well be another one. Raises OptionError when the one that is here was asked for
+        something else, naming what."""
         path = self.folder / RECORD
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if not (begun and path.exists()):
             write_json(path, record)
             return
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        asked = json.loads(path.read_text(encoding="utf-8"))
         for key, value in record.items():
-            if begun.get(key) != json.loads(json.dumps(value)):
+            if asked.get(key) != json.loads(json.dumps(value)):
                 raise OptionError(
-                    f"{self.folder.parent} holds an unfinished run with {key} {begun.get(key)!r}, not {value!r}",
+                    f"{self.folder.parent} holds an unfinished run with {key} {asked.get(key)!r}, not {value!r}",
                     hint="ask for the same to go on with it, or name another folder",
                 )
 
@@ -100,5 +122,7 @@ class Unfinished:
         (self.folder / f"{name}.rows").unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """The run is over."""
-        shutil.rmtree(self.folder)
+        """The run is over. Its folder is renamed first: half deleted, it would look like one to go on with."""
+        over = self.folder.with_name(OVER)
+        os.replace(self.folder, over)
+        shutil.rmtree(over, ignore_errors=True)

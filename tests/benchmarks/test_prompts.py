@@ -10,12 +10,19 @@ from PIL import Image
 from prompts import TEXTS, at_most, media_prompts, text_prompts
 
 from lowvram.errors import OptionError
+from lowvram.quantize.samples import BUILT_IN, read_lines
 
 
 def test_without_anything_given_there_is_a_prompt_of_every_kind():
     prompts = at_most(1, iter([*media_prompts(), *text_prompts()]))
     assert [prompt.kind for prompt in prompts] == ["text", "picture", "sound", "video"]
     assert prompts[0].words == TEXTS[0] and all(prompt.words is None for prompt in prompts[1:])
+
+
+def test_no_text_is_one_that_checkpoints_are_calibrated_on():
+    learned = " ".join(" ".join(m["content"] for m in messages) for messages in read_lines(BUILT_IN))
+    for text in TEXTS:
+        assert not [text[i : i + 30] for i in range(len(text) - 29) if text[i : i + 30] in learned]
 
 
 def test_texts_in_a_file_are_parted_by_empty_lines(tmp_path: Path):

@@ -78,6 +78,13 @@ def test_the_built_in_texts_are_conversations():
         assert all(message["content"].strip() for message in messages)
 
 
+def test_the_built_in_texts_are_many_and_none_comes_twice():
+    said = [message["content"] for messages in read_lines(BUILT_IN) for message in messages]
+    assert BUILT_IN.stat().st_size > 130_000
+    long = [text for text in said if len(text) > 40]
+    assert len(long) == len(set(long))
+
+
 def test_folders_are_read_by_content_and_hidden_files_left_alone(tmp_path: Path):
     (tmp_path / "deep").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "deep" / "picture.dat", format="png")
@@ -86,10 +93,24 @@ def test_folders_are_read_by_content_and_hidden_files_left_alone(tmp_path: Path)
         '"one"\n\n{"text": "two"}\n{"messages": [{"role": "user", "content": "three"}]}\n'
     )
     (tmp_path / ".hidden").write_text("?")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config.txt").write_text("?")
     words, one, two, three, picture = read_source(str(tmp_path), LIMITS)
     assert (words, one, two) == ("some words", "one", "two")
     assert three == [{"role": "user", "content": "three"}]
     assert picture[0]["content"][0] == {"type": "image", "image": str(tmp_path / "deep" / "picture.dat")}
+
+
+def test_a_folder_with_nothing_in_it_is_refused(tmp_path: Path):
+    (tmp_path / ".hidden").write_text("?")
+    with pytest.raises(OptionError, match="holds 0 files to calibrate on"):
+        list(read_source(str(tmp_path), LIMITS))
+
+
+def test_texts_are_known_by_their_names_in_capitals_too_and_may_begin_with_a_mark(tmp_path: Path):
+    (tmp_path / "A.TXT").write_text("some words", encoding="utf-8-sig")
+    (tmp_path / "B.JSONL").write_text('"others"', encoding="utf-8-sig")
+    assert list(read_source(str(tmp_path), LIMITS)) == ["some words", "others"]
 
 
 def test_a_line_ends_where_the_file_says_so_and_not_within_a_text(tmp_path: Path):
@@ -97,10 +118,16 @@ def test_a_line_ends_where_the_file_says_so_and_not_within_a_text(tmp_path: Path
     assert list(read_lines(tmp_path / "a.jsonl")) == ["one\u2028line\u0085", "two"]
 
 
-@pytest.mark.parametrize("line", ["{", "3", '{"words": "x"}'])
+@pytest.mark.parametrize("line", ["{", "3", '{"words": "x"}', '"\\ud800"'])
 def test_a_line_that_is_no_text_is_named(tmp_path: Path, line: str):
     (tmp_path / "a.jsonl").write_text(f'"fine"\n{line}\n')
     with pytest.raises(OptionError, match=r"a\.jsonl, line 2 is no"):
+        list(read_source(str(tmp_path / "a.jsonl"), LIMITS))
+
+
+def test_a_conversation_that_makes_no_sense_is_named_by_its_line(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('"fine"\n{"messages": [{"role": "user"}]}\n')
+    with pytest.raises(OptionError, match=r"a\.jsonl, line 2: message 1 has no content"):
         list(read_source(str(tmp_path / "a.jsonl"), LIMITS))
 
 

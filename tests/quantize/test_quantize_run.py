@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lowvram.checkpoint import open_checkpoint
 from lowvram.device import open_device
-from lowvram.errors import CheckpointError, OptionError, UnsupportedQuantError
+from lowvram.errors import CheckpointError, MediaError, OptionError, UnsupportedQuantError
 from lowvram.events import Progress
 from lowvram.options import TALKER_SAMPLING, SamplingParams, SpeechParams
 from lowvram.preprocess import Preprocessor
@@ -41,6 +41,13 @@ def finish(source: Path, target: Path, options: QuantizeOptions = OPTIONS) -> Qu
     *_, report = begin(source, target, options)
     assert isinstance(report, QuantizeReport)
     return report
+
+
+def stop_at(stage: str, source: Path, target: Path, options: QuantizeOptions = OPTIONS) -> None:
+    """Begin a run, and end it at the first sign of that stage."""
+    events = begin(source, target, options)
+    next(event for event in events if isinstance(event, Progress) and event.stage == stage)
+    events.close()
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -90,6 +97,13 @@ def test_every_other_file_is_copied_byte_for_byte(source: Path, finished: Finish
     for name in ("spk_dict.pt", "tokenizer.json", "chat_template.json", "preprocessor_config.json"):
         assert (finished.folder / name).read_bytes() == (source / name).read_bytes()
     assert not (finished.folder / UNFINISHED).exists()
+
+
+def test_weights_in_other_formats_are_left_behind(copy: Path, tmp_path: Path):
+    for name in ("consolidated.pth", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (copy / name).write_text("{}")
+    finish(copy, tmp_path / "new")
+    assert not list((tmp_path / "new").glob("*torch*")) + list((tmp_path / "new").glob("*.pth"))
 
 
 def test_the_config_says_how_it_is_quantized_and_is_otherwise_the_same(source: Path, finished: Finished):
@@ -175,7 +189,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     assert report == finished.report
 
 
-@pytest.mark.parametrize("writes", [0, 4, 9, 14, 17, 19])
+@pytest.mark.parametrize("writes", [0, 4, 7, 9, 14, 22, 23])
 def test_a_run_that_died_while_writing_ends_with_the_same_bytes(
     source: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ):
@@ -198,20 +212,61 @@ def test_a_run_that_died_while_writing_ends_with_the_same_bytes(
 def test_an_unfinished_run_is_not_continued_with_other_options(
     source: Path, tmp_path: Path, changed: dict[str, object]
 ):
-    events = begin(source, tmp_path / "new")
-    next(events)
-    events.close()
+    stop_at("copy", source, tmp_path / "new")
     with pytest.raises(OptionError, match=f"unfinished run with {next(iter(changed))} "):
         next(begin(source, tmp_path / "new", replace(OPTIONS, **changed)))
 
 
 def test_an_unfinished_run_is_not_continued_with_other_weights(source: Path, copy: Path, tmp_path: Path):
-    events = begin(source, tmp_path / "new")
-    next(events)
-    events.close()
+    stop_at("copy", source, tmp_path / "new")
     change_tensor(copy, "talker.thinker_to_talker_proj.bias", torch.zeros(48))
     with pytest.raises(OptionError, match="unfinished run with weights"):
         next(begin(copy, tmp_path / "new"))
+
+
+def test_weights_of_the_same_shape_but_other_values_are_others(copy: Path, tmp_path: Path):
+    stop_at("copy", copy, tmp_path / "new")
+    entry = open_checkpoint(copy).tensors[LINEAR]
+    with open(entry.path, "r+b") as file:
+        file.seek(entry.offset)
+        file.write(bytes(64))
+    with pytest.raises(OptionError, match="unfinished run with weights"):
+        next(begin(copy, tmp_path / "new"))
+
+
+def test_what_cannot_be_calibrated_on_is_named_before_anything_is_written(source: Path, tmp_path: Path):
+    options = replace(OPTIONS, calibrate=(str(tmp_path / "missing.mp4"),))
+    with pytest.raises(MediaError, match=r"missing\.mp4"):
+        next(begin(source, tmp_path / "new", options))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_whose_media_break_may_begin_anew_without_them(
+    source: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "picture.png")
+
+    def broken(*_: object) -> None:
+        raise MediaError("picture.png breaks off", path="picture.png")
+
+    with monkeypatch.context() as patched, pytest.raises(MediaError):
+        patched.setattr("lowvram.quantize.run.embedded_blocks", broken)
+        finish(source, tmp_path / "new", replace(OPTIONS, calibrate=(str(tmp_path / "picture.png"),)))
+    finish(source, tmp_path / "new")
+    assert files_in(tmp_path / "new") == finished.files
+
+
+def test_held_out_tokens_are_compared_a_few_at_a_time(
+    source: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lowvram.quantize.run.COMPARED_TOKENS", 7)
+    events = list(begin(source, tmp_path / "new"))
+    report = events[-1]
+    assert isinstance(report, QuantizeReport)
+    assert report.quantized.kl_divergence == pytest.approx(finished.report.quantized.kl_divergence, rel=1e-5)
+    assert report.quantized.top1 == pytest.approx(finished.report.quantized.top1)
+    told = [event for event in events if isinstance(event, Progress) and event.stage == "compare next words"]
+    assert len(told) == -(-report.held_out_tokens // 7) and told[-1].done == told[-1].total
 
 
 def test_a_folder_with_something_else_in_it_is_refused(source: Path, tmp_path: Path):

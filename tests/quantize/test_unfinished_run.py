@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,21 +17,50 @@ RECORD = {"seed": 0, "calibrate": ("a", "b")}
 @pytest.fixture
 def run(tmp_path: Path) -> Unfinished:
     run = Unfinished(tmp_path / "new")
-    run.open_run(RECORD)
+    with run.alone():
+        run.open_run(RECORD, begun=False)
     return run
 
 
 def test_a_run_goes_on_if_the_same_is_asked(run: Unfinished):
     run.keep("layer-0", {"error": 0.5})
     again = Unfinished(run.folder.parent)
-    again.open_run(RECORD)
+    again.open_run(RECORD, begun=True)
     assert again.read("layer-0") == {"error": 0.5}
     assert again.read("layer-1") is None
 
 
 def test_what_is_asked_otherwise_is_named(run: Unfinished):
     with pytest.raises(OptionError, match="unfinished run with seed 0, not 3"):
-        Unfinished(run.folder.parent).open_run({**RECORD, "seed": 3})
+        Unfinished(run.folder.parent).open_run({**RECORD, "seed": 3}, begun=True)
+
+
+def test_what_is_asked_may_change_until_something_depends_on_it(run: Unfinished):
+    other = {**RECORD, "seed": 3}
+    run.open_run(other, begun=False)
+    run.open_run(other, begun=True)
+    with pytest.raises(OptionError, match="unfinished run with seed 3, not 0"):
+        run.open_run(RECORD, begun=True)
+
+
+def test_a_run_that_is_under_way_keeps_others_out(run: Unfinished):
+    other = Unfinished(run.folder.parent)
+    with run.alone(), pytest.raises(OptionError, match="new is being written by another process"), other.alone():
+        pass
+    with other.alone():
+        pass
+
+
+def test_a_run_that_dies_while_it_is_cleared_away_is_over(run: Unfinished, monkeypatch: pytest.MonkeyPatch):
+    def die(folder: Path, **_: object) -> None:
+        os.unlink(folder / "run.json")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        run.discard()
+    with pytest.raises(OptionError, match="neither empty nor an unfinished run"):
+        require_new_or_unfinished(run.folder.parent)
 
 
 def test_rows_are_there_once_all_of_them_are_written(run: Unfinished):
