@@ -205,7 +205,7 @@ def local_folder(model: str | Path) -> Path | None:
     looks_like_id = isinstance(model, str) and re.fullmatch(r"[^./~\\:][^/\\:]*(/[^/\\:]+)?", model)
     if not looks_like_id:
         raise CheckpointError(
-            f"there is no folder {path}",
+            f"there is no folder {model}",
             path=str(path),
             hint=f"check the path, or name a hub id such as {DEFAULT_MODEL}",
         )

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -21,11 +21,11 @@ import typer
 
 from . import __version__
 from .answering import Places, answer, hand_out, raise_failure, sounds_for, words_to
-from .contradictions import IN_A_CHAT, named_as_typed, refuse, refuse_for_media, refuse_to_overwrite
-from .conversation import Chat, open_part, read_arguments, text_to_speak, typed_lines
+from .contradictions import IN_A_CHAT, PREREQUISITES, named_as_typed, refuse, refuse_to_overwrite
+from .conversation import Chat, open_part, text_to_speak, typed_lines
 from .errors import InfeasibleBudgetError, OptionError
-from .events import Progress
 from .exit_codes import INTERRUPTED, exit_codes, told_and_forgotten
+from .flag_groups import spread
 from .flags import (
     AsJson,
     AsNdjson,
@@ -38,34 +38,26 @@ from .flags import (
     Memory,
     Model,
     Page,
-    Play,
     Quantizing,
     Question,
     Quiet,
     ShowPlan,
     Sight,
-    Sound,
     SpeakText,
     StandIns,
     Target,
     Trace,
     Verbose,
-    Voice,
-    VoiceName,
-    spread,
 )
-from .listeners import JsonReply, Listener, NdjsonReply, TextReply, write_text
-from .options import Limits, SpeechParams
+from .listeners import JsonReply, NdjsonReply, TextReply, write_text
+from .opening import download_shown, messages_asked, open_preprocessor, open_runtime, quieten_transformers
+from .options import SpeechParams
+from .speech_flags import Play, Sound, Voice, VoiceName
 from .terminal import progress_shown
 
 if TYPE_CHECKING:
-    from .offload.meter import Meter
     from .offload.plan import Plan
-    from .preprocess import Preprocessor, PromptShape
     from .runtime import OmniRuntime
-
-SHORT_QUESTION = "?"
-"""What is planned for when nothing is asked, as `OmniRuntime.plan` does."""
 
 BOXES_NEED_COLUMNS = 72
 """In a narrower terminal, boxes of help would cut the names of flags short; plain lines are wrapped."""
@@ -142,11 +134,12 @@ def run(
         progress = stack.enter_context(progress_shown(quiet, verbose))
         refuse_to_overwrite(media or [], voice.output)
         sounds = sounds_for(voice) if spoken and not (dry_run or plan) else []
-        messages = [] if speak else _messages(typed, question, media, limits, stack, at_least_short=plan)
+        messages = [] if speak else messages_asked(typed, question, media, limits, stack, at_least_short=plan)
         if dry_run:
-            _print_shape(_preprocessor(model, progress, verbose).measure(messages, seen, limits), as_json)
+            shape = open_preprocessor(model, progress, verbose).measure(messages, seen, limits)
+            write_text(json.dumps(asdict(shape)) if as_json else str(shape), sys.stdout)
             return
-        runtime = stack.enter_context(_open(model, memory, machine, limits, progress, verbose))
+        runtime = stack.enter_context(open_runtime(model, memory, machine, limits, progress, verbose))
         if plan:
             about = {"model": model.model, "origin": f"the headers in {runtime.checkpoint.folder}"}
             with _refusal_shown(as_json, about):
@@ -187,7 +180,7 @@ def chat(
             spoken = SpeechParams(voice=voice, mode="balanced") if play else None
         said = Chat(lambda source: open_part(source, limits, stack), media or [], question.system)
         with progress_shown(quiet, verbose) as progress:
-            runtime = stack.enter_context(_open(model, memory, machine, limits, progress, verbose))
+            runtime = stack.enter_context(open_runtime(model, memory, machine, limits, progress, verbose))
         for line in typed_lines(question.prompt):
             with told_and_forgotten(verbose), progress_shown(quiet, verbose) as progress:
                 if messages := said.take(line):
@@ -232,7 +225,7 @@ def plan(
             sampling, others = question.sampling(), read_stand_ins(*astuple(stand_ins))
             device = target.place()
         budget, gpu = memory.budget(), target.card()
-        messages = _messages(typed, question, media, limits, stack, at_least_short=True)
+        messages = messages_asked(typed, question, media, limits, stack, at_least_short=True)
         headers = find_headers(model.model, model.revision)
         work = count_turn(headers, messages, others, media=seen, limits=limits, sampling=sampling, speech=spoken)
         with _refusal_shown(as_json, {"model": headers.name, "origin": headers.origin}):
@@ -280,12 +273,12 @@ def profile(
 
     with exit_codes(verbose), ExitStack() as stack:
         typed = _typed(ctx)
-        refuse(typed, NOTHING_YET)
+        refuse(typed, (*PREREQUISITES, *NOTHING_YET))
         with named_as_typed():
             limits, seen, spoken = memory.limits(), sight.params(), sound.params()
             sampling, others = question.sampling(), read_stand_ins(*astuple(stand_ins))
         outputs = Outputs.of(html, keep, vs, media or [])
-        messages = _messages(typed, question, media, limits, stack, at_least_short=True)
+        messages = messages_asked(typed, question, media, limits, stack, at_least_short=True)
         progress = stack.enter_context(progress_shown(quiet, verbose))
         meter = None if trace else open_counter(open_device(machine.device))
         if not quiet and (reason := patience(meter)):
@@ -295,11 +288,11 @@ def profile(
             work = count_turn(headers, messages, others, media=seen, limits=limits, sampling=sampling, speech=spoken)
             recorded = trace_answer(headers, work, memory.budget(), limits, speech=spoken, dtype=memory.dtype)
         else:
-            runtime = stack.enter_context(_open(model, memory, machine, limits, progress, verbose, meter))
+            runtime = stack.enter_context(open_runtime(model, memory, machine, limits, progress, verbose, meter))
             asked = Asked(messages, sampling, spoken, seen)
             recorded = measure_answer(runtime, meter, asked, model=model.model, on_event=progress.show)
-        outputs.write(recorded)
         write_text(profile_text(recorded, as_json=as_json), sys.stdout)
+        outputs.write(recorded)
 
 
 @app.command()
@@ -312,7 +305,7 @@ def voices(model: Model, as_json: AsJson = False, quiet: Quiet = False, verbose:
 
     with exit_codes(verbose):
         with progress_shown(quiet, verbose) as progress:
-            folder, config = find_description(model.model, model.revision, _download_shown(progress))
+            folder, config = find_description(model.model, model.revision, download_shown(progress))
         names = list(load_speakers(folder / SPEAKERS_FILE)) if config.get("enable_audio_output", True) else []
         for line in [json.dumps(names)] if as_json else names:
             write_text(line, sys.stdout)
@@ -352,9 +345,9 @@ def quantize(
         with named_as_typed():
             options = quantizing.options()
         if not verbose:
-            _quieten_transformers()
+            quieten_transformers()
         with progress_shown(quiet, verbose) as progress:
-            device, show = open_device(quantizing.device), _download_shown(progress)
+            device, show = open_device(quantizing.device), download_shown(progress)
             report = follow_run(quantize_checkpoint(source, target, options, device=device, on_download=show), progress)
         write_text(json.dumps(report.to_json()) if as_json else report_text(report), sys.stdout)
 
@@ -369,10 +362,10 @@ def demo_model(
     from .demo import TINY, DemoSize, build_demo
 
     with exit_codes():
-        _quieten_transformers()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise OptionError(f"{folder} exists and is not an empty folder", hint="name a new one")
+        quieten_transformers()
         try:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise OptionError(f"{folder} exists and is not an empty folder", hint="name a new one")
             build_demo(folder, seed=seed, size=TINY if tiny else DemoSize())
         except OSError as error:
             raise OptionError(f"the demo checkpoint cannot be written to {folder}: {error.strerror}") from error
@@ -384,22 +377,6 @@ def _typed(ctx: typer.Context) -> dict[str, Any]:
     sources = {param: ctx.get_parameter_source(param.name or "") for param in ctx.command.params}
     typed = [param for param, source in sources.items() if source and source.name == "COMMANDLINE"]
     return {max(param.opts, key=len): ctx.params[param.name or ""] for param in typed}
-
-
-def _messages(
-    typed: dict[str, Any],
-    question: Question,
-    media: list[str] | None,
-    limits: Limits,
-    stack: ExitStack,
-    *,
-    at_least_short: bool,
-) -> list[dict[str, Any]]:
-    """What is asked; where nothing is and something `at_least_short` must be, a short question."""
-    prompt = question.prompt or (SHORT_QUESTION if at_least_short and not media else "")
-    messages = read_arguments(media or [], prompt, question.system, limits, stack)
-    refuse_for_media(typed, (part["type"] for part in messages[-1]["content"]))
-    return messages
 
 
 @contextmanager
@@ -415,72 +392,8 @@ def _refusal_shown(as_json: bool, about: dict[str, str]) -> Iterator[None]:
         raise
 
 
-def _open(
-    model: Model,
-    memory: Memory,
-    machine: Machine,
-    limits: Limits,
-    progress: Listener,
-    verbose: bool,
-    meter: Meter | None = None,
-) -> OmniRuntime:
-    from .runtime import OmniRuntime
-
-    if not verbose:
-        _quieten_transformers()
-    runtime = OmniRuntime.open(
-        model.model,
-        revision=model.revision,
-        vram=memory.vram,
-        ram=memory.ram,
-        device=machine.device,
-        dtype=memory.dtype,
-        kernel=machine.kernel,
-        limits=limits,
-        meter=meter,
-        on_download=_download_shown(progress),
-    )
-    if verbose:
-        progress.say(f"kernel {runtime.kernel} on {runtime.device.title}")
-    return runtime
-
-
-def _preprocessor(model: Model, progress: Listener, verbose: bool) -> Preprocessor:
-    """What counts a prompt; of a model on the hub no weights are downloaded for it."""
-    from .planning import find_description
-    from .preprocess import Preprocessor
-
-    if not verbose:
-        _quieten_transformers()
-    return Preprocessor(*find_description(model.model, model.revision, _download_shown(progress)))
-
-
-def _download_shown(progress: Listener) -> Callable[[int, int | None], None]:
-    return lambda done, total: progress.show(Progress("download", done, total, "bytes"))
-
-
-def _quieten_transformers() -> None:
-    """Silence the modelling library's warnings, which are for people who write models; only a door may do so."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-
-
 def _print_plan(planned: Plan, runtime: OmniRuntime, as_json: bool, about: dict[str, str]) -> None:
     """A plan for this machine, and what would compute."""
     computes = {**about, "fits": True, "device_title": runtime.device.title, "kernel": runtime.kernel}
     text = f"{planned}\nkernel {runtime.kernel} on {runtime.device.title}"
     write_text(json.dumps(computes | planned.to_json()) if as_json else text, sys.stdout)
-
-
-def _print_shape(shape: PromptShape, as_json: bool) -> None:
-    if as_json:
-        write_text(json.dumps(asdict(shape)), sys.stdout)
-        return
-    write_text(
-        f"{shape.prompt_tokens} prompt tokens: {shape.text_tokens} text, {shape.image_tokens} image,"
-        f" {shape.audio_tokens} audio, {shape.video_tokens} video",
-        sys.stdout,
-    )
-    for medium in shape.media:
-        write_text(f"{medium.tokens:>8}  {medium.kind}  {medium.name}", sys.stdout)

@@ -54,13 +54,16 @@ A_DRAW = "a --temperature above 0"
 MEDIA_OR_STAND_INS = "media"
 MEDIA_TO_READ = "media to cut"
 A_PICTURE = "--video-seconds or --images"
-PREREQUISITES = (
-    *((option, MEDIA_OR_STAND_INS) for option in ABOUT_PICTURES),
-    *((option, MEDIA_TO_READ) for option in ABOUT_CUTS),
+PREREQUISITES_BUT_MEDIA = (
     ("--top-k", A_DRAW),
     ("--top-p", A_DRAW),
     ("--size", A_PICTURE),
     ("--revision", A_HUB_MODEL),
+)
+PREREQUISITES = (
+    *((option, MEDIA_OR_STAND_INS) for option in ABOUT_PICTURES),
+    *((option, MEDIA_TO_READ) for option in ABOUT_CUTS),
+    *PREREQUISITES_BUT_MEDIA,
 )
 """Options that mean something only beside another."""
 
@@ -76,8 +79,8 @@ ABOUT_KINDS = {
 """The kinds of media, one of which an option is about."""
 A_KIND = {"video": "a video", "audio": "a sound", "image": "a picture"}
 
-IN_A_CHAT = (("--voice", "--play"),)
-"""The same of a chat, which is silent unless it is played."""
+IN_A_CHAT = (*PREREQUISITES_BUT_MEDIA, ("--voice", "--play"))
+"""The same of a chat, where media may come later, and which is silent unless it is played."""
 
 MAY_BE_EMPTY = ("--prompt", "--system")
 
@@ -91,14 +94,14 @@ TYPED_AS = {
 """Fields of options whose flag has another name."""
 
 
-def refuse(typed: Mapping[str, Any], prerequisites: Sequence[tuple[str, str]] = ()) -> None:
+def refuse(typed: Mapping[str, Any], prerequisites: Sequence[tuple[str, str]] = PREREQUISITES) -> None:
     """Raise OptionError for what cannot be meant. `typed` is what was, by the longest name of each, "media" for the
     arguments; an option that is left at its default was not typed. Some commands have `prerequisites` of their own."""
     given = {*typed, *_conditions(typed)}
     for one, other in CONTRADICTIONS:
         if {one, other} <= given:
             raise OptionError(f"{one} and {other} contradict each other", hint="give one of them")
-    for option, needed in (*PREREQUISITES, *prerequisites):
+    for option, needed in prerequisites:
         if option in given and needed not in given:
             raise OptionError(f"{option} has no effect without {needed}", hint=f"leave {option} out")
     for option, value in typed.items():
@@ -120,8 +123,10 @@ def refuse_for_media(typed: Mapping[str, Any], kinds: Iterable[str]) -> None:
 
 def refuse_to_overwrite(sources: Sequence[str], output: str | None) -> None:
     """An answer must not replace the question."""
-    for source in sources:
-        if output and os.path.exists(output) and os.path.exists(source) and os.path.samefile(source, output):
+    from .media.sources import local_path
+
+    for path in map(local_path, sources):
+        if output and path and os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output):
             raise OptionError(f"{output} is a medium to be read, and would be written over", hint="name another -o")
 
 

@@ -6,12 +6,14 @@ long as the conversation may come back to them.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
-from .errors import OptionError
+from .errors import MediaError, OptionError
 from .listeners import write_text
 from .options import Limits
 
@@ -26,11 +28,21 @@ def read_arguments(
     """The conversation that the arguments mean: media in order, each as what its content is, then the words."""
     if not sources and not prompt.strip():
         raise OptionError("nothing to answer: 0 media and no prompt", hint='try: lowvram run clip.mp4 -p "Who speaks?"')
-    parts = [open_part(source, limits, stack) for source in sources]
+    parts = [_named_part(source, limits, stack) for source in sources]
     if prompt:
         parts.append({"type": "text", "text": prompt})
     turns: list[dict[str, Any]] = [{"role": "user", "content": parts}]
     return turns if system is None else [{"role": "system", "content": system}, *turns]
+
+
+def _named_part(source: str, limits: Limits, stack: ExitStack) -> dict[str, Any]:
+    """`open_part`, for people who may have meant words to be asked and not a name."""
+    try:
+        return open_part(source, limits, stack)
+    except MediaError as error:
+        if isinstance(error.__cause__, FileNotFoundError) and not Path(source).suffix:
+            error.hint += "; words to be asked go after -p"
+        raise
 
 
 def open_part(source: str, limits: Limits, stack: ExitStack) -> dict[str, Any]:
@@ -60,7 +72,7 @@ class Chat:
         """
         command, _, rest = line.strip().partition(" ")
         if command == ADD and rest.strip():
-            self._added.append(self._open_part(rest.strip()))
+            self._added.append(self._open_part(_path_typed(rest.strip())))
             return None
         if command.startswith("/"):
             raise OptionError(f"{line.strip()} is none of the 2 commands", hint=f"{ADD} FILE, {QUIT}")
@@ -72,6 +84,14 @@ class Chat:
     def keep(self, messages: list[dict[str, Any]], reply: str) -> None:
         """Go on from what `take` gave and what was answered. A turn that failed is forgotten, its media too."""
         self._said = [*messages, {"role": "assistant", "content": reply}]
+
+
+def _path_typed(words: str) -> str:
+    """A path or an address as a shell would have passed it on, which here nobody did: out of its quotes, which a file
+    dragged to a terminal comes in, and from the home folder."""
+    if len(words) > 1 and words[0] == words[-1] and words[0] in "'\"":
+        words = words[1:-1]
+    return os.path.expanduser(words)
 
 
 def typed_lines(first: str) -> Iterator[str]:

@@ -54,7 +54,7 @@ def open_device(name: str = "auto") -> Device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise OptionError(f"device {name!r} is unknown", hint="auto, cpu, cuda or cuda:0") from None
     if device.type == "cpu":
         return _cpu()

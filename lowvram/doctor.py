@@ -9,6 +9,7 @@ import itertools
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -63,7 +64,8 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
         lines += _kernel_lines("8-bit weights with a card:", report["int8_with_cuda"])
     lines += (f"--kernel {name}: {state}" for name, state in report["kernels_by_name"].items())
     for folder in report["folders"]:
-        lines.append(f"{folder['what']}: {folder['path']}, {format_bytes(folder['free_bytes'])} free")
+        free = "out of reach" if folder["free_bytes"] is None else f"{format_bytes(folder['free_bytes'])} free"
+        lines.append(f"{folder['what']}: {folder['path']}, {free}")
     return lines
 
 
@@ -99,5 +101,12 @@ def _device_record(device: Device) -> dict[str, Any]:
 
 
 def _folder_record(what: str, path: Path) -> dict[str, Any]:
-    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-    return {"what": what, "path": str(path), "free_bytes": shutil.disk_usage(nearest).free}
+    return {"what": what, "path": str(path), "free_bytes": _free_bytes(path)}
+
+
+def _free_bytes(path: Path) -> int | None:
+    """On the disk where `path` is, or would be made; None where no folder above it can be reached."""
+    for folder in (path, *path.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return None

@@ -29,9 +29,13 @@ class TextDelta:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AudioChunk:
-    """A piece of the spoken answer: `samples` [S] float32 in -1..1, mono, beginning at `start_s` of the speech."""
+    """A piece of the spoken answer: `samples` [S] float32 in -1..1, mono, beginning at `start_s` of the speech.
+
+    The last one may hold 0 samples; a turn that was cancelled may have none that `is_last`. Two are equal if they are
+    one and the same: arrays have no single answer to that question.
+    """
 
     samples: np.ndarray
     sample_rate_hz: int

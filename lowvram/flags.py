@@ -1,71 +1,20 @@
-"""The command line's flags, in groups, and what each group means: flags -> options.
-
-A group is a dataclass whose fields are flags. A command names the groups it takes, and `spread` makes of it one that
-takes every flag by itself, which is what the command line's library reads.
-"""
+"""The command line's flags but those about speech, in groups, and what each group means: flags -> options."""
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Annotated, Any, cast
+from dataclasses import dataclass
+from typing import Annotated, cast
 
 import typer
 
 from .checkpoint import DEFAULT_MODEL
 from .errors import OptionError
+from .flag_groups import ASK, OUT, RUN, SEE, flag
 from .offload.budget import Budget
 from .offload.cards import Card, find_card
-from .options import (
-    KV_PRECISIONS,
-    SOLVERS,
-    SPEECH_DTYPES,
-    TALKER_SAMPLING,
-    KVPrecision,
-    Limits,
-    MediaParams,
-    SamplingParams,
-    Solver,
-    SpeechDtype,
-    SpeechMode,
-    SpeechParams,
-)
+from .options import KV_PRECISIONS, KVPrecision, Limits, MediaParams, SamplingParams
 from .quantize.options import ALSO, GROUP_SIZES, QuantizeOptions
-from .token2wav.windows import CODES_PER_SECOND
-
-DEFAULT_OUTPUT = "reply.wav"
-"""Where speech goes unless told otherwise; an older one stays, and this one becomes reply-2.wav."""
-
-
-def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the flags of its groups in their place, by name."""
-    groups: dict[str, type] = {}
-    flags: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
-        if is_dataclass(parameter.annotation):
-            groups[name] = cast(type, parameter.annotation)
-            flags += inspect.signature(groups[name], eval_str=True).parameters.values()
-        else:
-            flags.append(parameter)
-
-    def spread_out(**given: Any) -> None:
-        for name, group in groups.items():
-            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
-        command(**given)
-
-    keyword_only = [flag.replace(kind=inspect.Parameter.KEYWORD_ONLY) for flag in flags]
-    spread_out.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
-    spread_out.__name__, spread_out.__doc__ = command.__name__, command.__doc__
-    return spread_out
-
-
-def _flag(*names: str, panel: str, help: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, help=help, **more)
-
-
-_ASK, _SAY, _SEE, _RUN, _OUT = "Question and answer", "Speech", "Media", "Model and memory", "Output"
+from .times import parse_time
 
 MediaArgument = Annotated[
     list[str] | None,
@@ -75,30 +24,25 @@ MediaArgument = Annotated[
 ]
 SpeakText = Annotated[
     str | None,
-    _flag("--speak", panel=_ASK, show_default=False, metavar="TEXT", help="Read this aloud; - is stdin's text."),
+    flag("--speak", panel=ASK, show_default=False, metavar="TEXT", help="Read this aloud; - is stdin's text."),
 ]
-Play = Annotated[bool, _flag("--play", panel=_SAY, help="Hear each answer while it is being made.")]
-VoiceName = Annotated[
-    str | None,
-    _flag("--voice", panel=_SAY, show_default="the first", help="Chelsie or Ethan; lowvram voices lists them."),
-]
-AsJson = Annotated[bool, _flag("--json", panel=_OUT, help="One JSON object on stdout.")]
-AsNdjson = Annotated[bool, _flag("--ndjson", panel=_OUT, help="A JSON object per event on stdout.")]
-Quiet = Annotated[bool, _flag("-q", "--quiet", panel=_OUT, help="Nothing on stderr but errors.")]
+AsJson = Annotated[bool, flag("--json", panel=OUT, help="One JSON object on stdout.")]
+AsNdjson = Annotated[bool, flag("--ndjson", panel=OUT, help="A JSON object per event on stdout.")]
+Quiet = Annotated[bool, flag("-q", "--quiet", panel=OUT, help="Nothing on stderr but errors.")]
 Verbose = Annotated[
-    bool, _flag("-v", "--verbose", panel=_OUT, help="Tell more: what computes, all warnings, where an error came from.")
+    bool, flag("-v", "--verbose", panel=OUT, help="Tell more: what computes, all warnings, where an error came from.")
 ]
-DryRun = Annotated[bool, _flag("--dry-run", panel=_OUT, help="Count the prompt's tokens and stop.")]
-ShowPlan = Annotated[bool, _flag("--plan", panel=_OUT, help="Show how memory would be used here and stop.")]
+DryRun = Annotated[bool, flag("--dry-run", panel=OUT, help="Count the prompt's tokens and stop.")]
+ShowPlan = Annotated[bool, flag("--plan", panel=OUT, help="Show how memory would be used here and stop.")]
 Trace = Annotated[
     bool,
-    _flag("--trace", panel=_RUN, help="Count without weights or a GPU: the real code, on tensors without data."),
+    flag("--trace", panel=RUN, help="Count without weights or a GPU: the real code, on tensors without data."),
 ]
 Page = Annotated[
     str | None,
-    _flag(
+    flag(
         "--html",
-        panel=_OUT,
+        panel=OUT,
         show_default=False,
         metavar="FILE",
         help="Draw it on an HTML page that needs no other file.",
@@ -106,10 +50,10 @@ Page = Annotated[
 ]
 Beside = Annotated[
     str | None,
-    _flag("--vs", panel=_OUT, show_default=False, metavar="FILE", help="Draw this one, kept before, beside it."),
+    flag("--vs", panel=OUT, show_default=False, metavar="FILE", help="Draw this one, kept before, beside it."),
 ]
 Keep = Annotated[
-    str | None, _flag("-o", "--keep", panel=_OUT, show_default=False, metavar="FILE", help="Keep the profile as JSON.")
+    str | None, flag("-o", "--keep", panel=OUT, show_default=False, metavar="FILE", help="Keep the profile as JSON.")
 ]
 
 
@@ -117,13 +61,11 @@ Keep = Annotated[
 class Question:
     """What is asked, and how long the answer may be."""
 
-    prompt: Annotated[str, _flag("-p", "--prompt", panel=_ASK, help="What to ask about the media, or without any.")] = (
-        ""
-    )
+    prompt: Annotated[str, flag("-p", "--prompt", panel=ASK, help="What to ask about the media, or without any.")] = ""
     system: Annotated[
-        str | None, _flag("--system", panel=_ASK, help="Another system prompt; speech may be poor with it.")
+        str | None, flag("--system", panel=ASK, help="Another system prompt; speech may be poor with it.")
     ] = None
-    max_tokens: Annotated[int, _flag("--max-tokens", panel=_ASK, help="End the text after this many tokens.")] = (
+    max_tokens: Annotated[int, flag("--max-tokens", panel=ASK, help="End the text after this many tokens.")] = (
         SamplingParams.max_tokens
     )
 
@@ -136,151 +78,42 @@ class Question:
 class Draw:
     """How the next word is drawn. Fields of `SamplingParams`."""
 
-    temperature: Annotated[float, _flag("--temperature", panel=_ASK, help="Of the text; 0 is greedy.")] = (
+    temperature: Annotated[float, flag("--temperature", panel=ASK, help="Of the text; 0 is greedy.")] = (
         SamplingParams.temperature
     )
-    top_k: Annotated[int, _flag("--top-k", panel=_ASK, help="Draw from this many tokens; 0 is all.")] = (
+    top_k: Annotated[int, flag("--top-k", panel=ASK, help="Draw from this many tokens; 0 is all.")] = (
         SamplingParams.top_k
     )
     top_p: Annotated[
-        float, _flag("--top-p", panel=_ASK, help="Draw from the likeliest tokens up to this share; 1 is all.")
+        float, flag("--top-p", panel=ASK, help="Draw from the likeliest tokens up to this share; 1 is all.")
     ] = SamplingParams.top_p
-    seed: Annotated[int | None, _flag("--seed", panel=_ASK, help="Repeat an answer: text, speech and sound.")] = None
-
-
-@dataclass(frozen=True)
-class Voice:
-    """How speech sounds and where it goes: what a plan need not know."""
-
-    output: Annotated[
-        str | None,
-        _flag(
-            "-o",
-            "--output",
-            panel=_SAY,
-            show_default=f"a new {DEFAULT_OUTPUT}",
-            help="A .wav, .flac, .ogg or .mp3 file; - is raw s16le at 24 kHz on stdout.",
-        ),
-    ] = None
-    play: Annotated[
-        bool, _flag("--play", panel=_SAY, help="Hear it while it is being made; a file is then written with -o only.")
-    ] = False
-    voice: VoiceName = None
-    speech_temperature: Annotated[
-        float, _flag("--speech-temperature", panel=_SAY, help="Of the codes; 0 is greedy.")
-    ] = TALKER_SAMPLING.temperature
-    guidance: Annotated[float, _flag("--guidance", panel=_SAY, help="How strictly sound follows the codes.")] = (
-        SpeechParams.guidance
-    )
-
-    @property
-    def usual_mode(self) -> SpeechMode:
-        """For ears alone early is better than exact; a file is for keeps."""
-        return "balanced" if self.play and self.output is None else "exact"
-
-
-@dataclass(frozen=True)
-class Sound:
-    """How much speech there may be and how it is made: what a plan must know of it."""
-
-    no_speech: Annotated[bool, _flag("--no-speech", panel=_SAY, help="Answer in text alone.")] = False
-    max_seconds: Annotated[
-        float | None,
-        _flag(
-            "--max-seconds",
-            panel=_SAY,
-            show_default=f"{TALKER_SAMPLING.max_tokens / CODES_PER_SECOND:.0f}",
-            help="End the speech after this long.",
-        ),
-    ] = None
-    max_codes: Annotated[
-        int, _flag("--max-codes", panel=_SAY, help=f"The same in codes, {CODES_PER_SECOND} a second.")
-    ] = TALKER_SAMPLING.max_tokens
-    solver: Annotated[str, _flag("--solver", panel=_SAY, help=f"One of: {', '.join(SOLVERS)}.")] = SpeechParams.solver
-    steps: Annotated[
-        int, _flag("--steps", panel=_SAY, help="Points of the grid that sound is solved on: more are finer and slower.")
-    ] = SpeechParams.steps
-    speech_dtype: Annotated[
-        str, _flag("--speech-dtype", panel=_SAY, help=f"Of the speech decoder's layers: {', '.join(SPEECH_DTYPES)}.")
-    ] = SpeechParams.dtype
-    speech_mode: Annotated[
-        str | None,
-        _flag(
-            "--speech-mode",
-            panel=_SAY,
-            show_default="exact; balanced for run --play alone",
-            help="exact; balanced, low-latency: begin sooner, nearly as exact; offload: exact, for streamed weights.",
-        ),
-    ] = None
-    chunk_seconds: Annotated[float, _flag("--chunk-seconds", panel=_SAY, help="Sound to hand out at a time.")] = (
-        SpeechParams.chunk_s
-    )
-
-    def params(self, voice: Voice | None = None, seed: int | None = None) -> SpeechParams | None:
-        """Speech as asked for, its codes drawn from `seed`; None for text alone. What is wrong is refused anyway."""
-        voice = voice or Voice()
-        speech = SpeechParams(
-            voice=voice.voice,
-            sampling=self._codes(voice.speech_temperature, seed),
-            steps=self.steps,
-            guidance=voice.guidance,
-            solver=cast(Solver, self.solver),
-            mode=cast(SpeechMode, self.speech_mode or voice.usual_mode),
-            dtype=self._precision(),
-            chunk_s=self.chunk_seconds,
-        )
-        return None if self.no_speech else speech
-
-    def _precision(self) -> SpeechDtype:
-        """`SpeechParams` would refuse it by the name of another flag."""
-        if self.speech_dtype not in SPEECH_DTYPES:
-            known = ", ".join(SPEECH_DTYPES)
-            raise OptionError(f"speech_dtype {self.speech_dtype!r} is unknown", hint=f"one of: {known}")
-        return cast(SpeechDtype, self.speech_dtype)
-
-    def _codes(self, temperature: float, seed: int | None) -> SamplingParams:
-        """The reference's draw with two values of its own, which `SamplingParams` would call by the text's names."""
-        if not 0 <= temperature < math.inf:
-            raise OptionError(f"speech_temperature is {temperature}, but must be 0 (greedy) or a positive number")
-        return replace(TALKER_SAMPLING, max_tokens=self._most_codes(), temperature=temperature, seed=seed)
-
-    def _most_codes(self) -> int:
-        if self.max_seconds is None:
-            if self.max_codes < 1:
-                raise OptionError(
-                    f"max_codes is {self.max_codes}, but speech has at least 1 code", hint="or pass --no-speech"
-                )
-            return self.max_codes
-        if not 1 / CODES_PER_SECOND <= self.max_seconds < math.inf:
-            raise OptionError(
-                f"max_seconds is {self.max_seconds} s, but speech lasts at least {1 / CODES_PER_SECOND} s (1 code)",
-                hint="or pass --no-speech",
-            )
-        return round(self.max_seconds * CODES_PER_SECOND)
+    seed: Annotated[int | None, flag("--seed", panel=ASK, help="Repeat an answer: text, speech and sound.")] = None
 
 
 @dataclass(frozen=True)
 class Sight:
     """How media are looked at and heard."""
 
-    fps: Annotated[float, _flag("--fps", panel=_SEE, help="Frames of a video to look at per second.")] = MediaParams.fps
-    max_frames: Annotated[int, _flag("--max-frames", panel=_SEE, help="Frames of a video to look at, at most.")] = (
+    fps: Annotated[float, flag("--fps", panel=SEE, help="Frames of a video to look at per second.")] = MediaParams.fps
+    max_frames: Annotated[int, flag("--max-frames", panel=SEE, help="Frames of a video to look at, at most.")] = (
         MediaParams.max_frames
     )
     max_pixels: Annotated[
         int | None,
-        _flag(
+        flag(
             "--max-pixels",
-            panel=_SEE,
+            panel=SEE,
             show_default=f"{MediaParams.max_pixels:,} a frame, {MediaParams.image_max_pixels:,} an image",
             help="Make pictures this small.",
         ),
     ] = None
-    start: Annotated[float | None, _flag("--start", panel=_SEE, help="Begin videos and sounds here (seconds).")] = None
-    end: Annotated[float | None, _flag("--end", panel=_SEE, help="End videos and sounds here (seconds).")] = None
-    no_video_sound: Annotated[bool, _flag("--no-video-sound", panel=_SEE, help="Leave the sound of videos out.")] = (
-        False
-    )
+    start: Annotated[
+        str | None, flag("--start", panel=SEE, metavar="TIME", help="Begin videos and sounds here: seconds, or 1:30.")
+    ] = None
+    end: Annotated[
+        str | None, flag("--end", panel=SEE, metavar="TIME", help="End videos and sounds here: seconds, or 1:30.")
+    ] = None
+    no_video_sound: Annotated[bool, flag("--no-video-sound", panel=SEE, help="Leave the sound of videos out.")] = False
 
     def params(self) -> MediaParams:
         """The fewest frames and the smallest pictures that are usual give way to the most that are asked for."""
@@ -289,8 +122,8 @@ class Sight:
             fps=self.fps,
             max_frames=self.max_frames,
             min_frames=min(self.max_frames, MediaParams.min_frames),
-            start_s=self.start,
-            end_s=self.end,
+            start_s=None if self.start is None else parse_time("start", self.start),
+            end_s=None if self.end is None else parse_time("end", self.end),
             video_sound=not self.no_video_sound,
             **pixels,
         )
@@ -301,21 +134,21 @@ class StandIns:
     """Media that nobody has yet, for a plan."""
 
     video_seconds: Annotated[
-        float, _flag("--video-seconds", panel=_SEE, help="Plan for a video of this length, with sound.")
+        float, flag("--video-seconds", panel=SEE, help="Plan for a video of this length, with sound.")
     ] = 0
-    audio_seconds: Annotated[float, _flag("--audio-seconds", panel=_SEE, help="Plan for a sound of this length.")] = 0
-    images: Annotated[int, _flag("--images", panel=_SEE, help="Plan for this many images.")] = 0
-    size: Annotated[str, _flag("--size", panel=_SEE, help="Of such a video and such images, in pixels.")] = "1280x720"
+    audio_seconds: Annotated[float, flag("--audio-seconds", panel=SEE, help="Plan for a sound of this length.")] = 0
+    images: Annotated[int, flag("--images", panel=SEE, help="Plan for this many images.")] = 0
+    size: Annotated[str, flag("--size", panel=SEE, help="Of such a video and such images, in pixels.")] = "1280x720"
 
 
 @dataclass(frozen=True)
 class Model:
     """Which model."""
 
-    model: Annotated[str, _flag("--model", panel=_RUN, help="Hub id, folder, or demo: a tiny built-in one.")] = (
+    model: Annotated[str, flag("--model", panel=RUN, help="Hub id, folder, or demo: a tiny built-in one.")] = (
         DEFAULT_MODEL
     )
-    revision: Annotated[str | None, _flag("--revision", panel=_RUN, help="Branch, tag or commit on the hub.")] = None
+    revision: Annotated[str | None, flag("--revision", panel=RUN, help="Branch, tag or commit on the hub.")] = None
 
 
 @dataclass(frozen=True)
@@ -324,38 +157,38 @@ class Memory:
 
     vram: Annotated[
         str | None,
-        _flag(
+        flag(
             "--vram",
-            panel=_RUN,
+            panel=RUN,
             show_default="auto",
             help="Memory to stay within, such as 8GiB; auto: what is free here; in a plan what --gpu has, or no limit.",
         ),
     ] = None
     ram: Annotated[
         str | None,
-        _flag(
+        flag(
             "--ram",
-            panel=_RUN,
+            panel=RUN,
             show_default="weights stay in their files",
             help="Host memory to stay within, such as 12GiB.",
         ),
     ] = None
     kv: Annotated[
         str,
-        _flag("--kv", panel=_RUN, help=f"{' or '.join(KV_PRECISIONS)}: int8 halves the cache, changing answers a bit."),
+        flag("--kv", panel=RUN, help=f"{' or '.join(KV_PRECISIONS)}: int8 halves the cache, changing answers a bit."),
     ] = Limits.kv
     dtype: Annotated[
         str,
-        _flag(
-            "--dtype", panel=_RUN, help="Compute in float32, float16 or bfloat16; auto is what the model is stored in."
+        flag(
+            "--dtype", panel=RUN, help="Compute in float32, float16 or bfloat16; auto is what the model is stored in."
         ),
     ] = "auto"
-    prefill_chunk: Annotated[int, _flag("--prefill-chunk", panel=_RUN, help="Prompt tokens to read at once.")] = (
+    prefill_chunk: Annotated[int, flag("--prefill-chunk", panel=RUN, help="Prompt tokens to read at once.")] = (
         Limits.prefill_chunk_tokens
     )
     max_prompt_tokens: Annotated[
         int | None,
-        _flag("--max-prompt-tokens", panel=_RUN, show_default="what the model can", help="Longest prompt."),
+        flag("--max-prompt-tokens", panel=RUN, show_default="what the model can", help="Longest prompt."),
     ] = Limits.max_prompt_tokens
 
     def budget(self) -> Budget:
@@ -373,12 +206,12 @@ class Memory:
 class Machine:
     """What computes."""
 
-    device: Annotated[str, _flag("--device", panel=_RUN, help="auto, cpu, cuda or cuda:N.")] = "auto"
+    device: Annotated[str, flag("--device", panel=RUN, help="auto, cpu, cuda or cuda:N.")] = "auto"
     kernel: Annotated[
         str | None,
-        _flag(
+        flag(
             "--kernel",
-            panel=_RUN,
+            panel=RUN,
             show_default="the best that lowvram doctor finds",
             help="Code for 4-bit weights: int4-cpu, int4-cuda, reference, triton, autoawq or gptqmodel.",
         ),
@@ -391,39 +224,39 @@ class Quantizing:
 
     calibrate: Annotated[
         list[str] | None,
-        _flag(
+        flag(
             "--calibrate",
-            panel=_SEE,
+            panel=SEE,
             show_default="built-in texts",
             metavar="PATH",
             help="Also learn from this file or folder: .txt, .jsonl, sounds, pictures, clips. Any number of times.",
         ),
     ] = None
-    samples: Annotated[int, _flag("--samples", panel=_SEE, help="Samples to learn from, or as many as there are.")] = (
+    samples: Annotated[int, flag("--samples", panel=SEE, help="Samples to learn from, or as many as there are.")] = (
         QuantizeOptions.samples
     )
-    sample_tokens: Annotated[int, _flag("--sample-tokens", panel=_SEE, help="How long a sample is.")] = (
+    sample_tokens: Annotated[int, flag("--sample-tokens", panel=SEE, help="How long a sample is.")] = (
         QuantizeOptions.sample_tokens
     )
-    seed: Annotated[int, _flag("--seed", panel=_SEE, help="Pick other samples.")] = QuantizeOptions.seed
+    seed: Annotated[int, flag("--seed", panel=SEE, help="Pick other samples.")] = QuantizeOptions.seed
     group_size: Annotated[
-        int, _flag("--group-size", panel=_RUN, help=f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.")
+        int, flag("--group-size", panel=RUN, help=f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.")
     ] = QuantizeOptions.group_size
-    bits: Annotated[int, _flag("--bits", panel=_RUN, help="Of the thinker's weights: 4 or 8.")] = QuantizeOptions.bits
+    bits: Annotated[int, flag("--bits", panel=RUN, help="Of the thinker's weights: 4 or 8.")] = QuantizeOptions.bits
     also: Annotated[
         str | None,
-        _flag(
+        flag(
             "--also",
-            panel=_RUN,
+            panel=RUN,
             show_default=False,
             metavar="PARTS",
             help=f"Round these, too, which the published recipe leaves in 16 bit: any of {','.join(ALSO)}.",
         ),
     ] = None
-    also_bits: Annotated[int, _flag("--also-bits", panel=_RUN, help="Of what --also names: 4 or 8.")] = (
+    also_bits: Annotated[int, flag("--also-bits", panel=RUN, help="Of what --also names: 4 or 8.")] = (
         QuantizeOptions.also_bits
     )
-    device: Annotated[str, _flag("--device", panel=_RUN, help="auto, cpu, cuda or cuda:N.")] = "auto"
+    device: Annotated[str, flag("--device", panel=RUN, help="auto, cpu, cuda or cuda:N.")] = "auto"
 
     def options(self) -> QuantizeOptions:
         """Checked; what is wrong is named by its field."""
@@ -445,9 +278,9 @@ class Target:
 
     gpu: Annotated[
         str | None,
-        _flag("--gpu", panel=_RUN, show_default=False, help="A card, such as rtx-3080-10gb: its memory and its speed."),
+        flag("--gpu", panel=RUN, show_default=False, help="A card, such as rtx-3080-10gb: its memory and its speed."),
     ] = None
-    device: Annotated[str, _flag("--device", panel=_RUN, help="cuda or cpu, whatever is here.")] = "cuda"
+    device: Annotated[str, flag("--device", panel=RUN, help="cuda or cpu, whatever is here.")] = "cuda"
 
     def place(self) -> str:
         """The kind of device to plan for: "cuda", of whatever number, or "cpu"."""

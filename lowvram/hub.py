@@ -10,6 +10,7 @@ import io
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,18 @@ def hub_errors(model_id: str, revision: str | None) -> Iterator[None]:
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{model_id} has no revision {revision}", hint="leave it out for the newest") from error
     except errors.LocalEntryNotFoundError as error:
-        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        reason = f": {_one_line(error.__cause__)}" if error.__cause__ else ""
+        unreachable = f"{constants.ENDPOINT} cannot be reached{reason}"
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable
         raise CheckpointError(
             f"{model_id}{at} is not complete in {constants.HF_HUB_CACHE}, and {offline}",
             path=str(constants.HF_HUB_CACHE),
             hint="connect once to download it, or name a folder that holds it",
+        ) from error
+    except JSONDecodeError as error:
+        raise CheckpointError(
+            f"{constants.ENDPOINT} does not answer as a hub does about {model_id}{at}",
+            hint="a network that wants a login, or another HF_ENDPOINT than a hub's, would answer so",
         ) from error
     except (errors.HTTPError, OSError) as error:
         raise CheckpointError(
@@ -151,5 +159,5 @@ def hub_errors(model_id: str, revision: str | None) -> Iterator[None]:
         ) from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -6,6 +6,7 @@ what it would come to; only whether a CUDA kernel compiles and is right on a car
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,13 +25,13 @@ from .quant.int8_cpu import Int8CpuBackend
 from .quant.int8_cuda import Int8CudaBackend
 from .quant.int8_matmul import INT8_BACKENDS, READABLE_TOO, Int8Backend
 from .quant.matmul import BACKENDS, BORROWED, Backend
+from .quant.nvrtc import no_cuda_core
 from .quant.reference import ReferenceBackend
+from .quant.trial import BROKEN
 from .quant.triton_backend import TritonBackend
 from .user_cache import user_cache
 
 AnyBackend = Backend | Int8Backend
-
-NO_CUDA_CORE = "cuda-core is not installed: pip install 'lowvram[cuda]', or 'lowvram[cuda12]' for CUDA 12"
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,14 @@ def report_int8_kernel(device: torch.device, dtype: torch.dtype) -> KernelReport
 
 def report_absent_card() -> KernelReport:
     """What would multiply by 4-bit weights on a CUDA card that is not here."""
-    if not _has_cuda_core():
-        return KernelReport(ReferenceBackend.name, NO_CUDA_CORE)
+    if obstacle := _no_cuda_core():
+        return KernelReport(ReferenceBackend.name, obstacle)
     return KernelReport(CudaBackend.name, "cuda-core is installed", _compiled(CudaBackend))
 
 
 def report_int8_on_absent_card() -> KernelReport:
     """What would multiply by 8-bit weights there."""
-    if not _has_cuda_core():
+    if _no_cuda_core():
         return KernelReport(SlicesBackend.name, READABLE_TOO)
     return KernelReport(Int8CudaBackend.name, "cuda-core is installed", _compiled(Int8CudaBackend))
 
@@ -97,7 +98,7 @@ def report_compiled(cache_folder: Path | None = None, own: OwnKernel = OWN_INT4)
     """Whether a CPU's kernel of ours is compiled: yes, not yet, or why it will not be."""
     built = own.source.compiled_file(cache_folder or user_cache())
     refusal = _refusal(own, built)
-    if built.exists():
+    if os.path.exists(built):  # unlike Path.exists, also where nobody may look
         return f"yes, but it does not serve: {refusal}; {own.instead} does" if refusal else f"yes, kept at {built}"
     if refusal:
         return f"no: {refusal}; {own.instead} serves"
@@ -108,7 +109,7 @@ def _refusal(own: OwnKernel, built: Path) -> str:
     """Why it does not serve, or will not; it is tried out where it is compiled."""
     if torch.backends.cpu.get_cpu_capability() not in own.processors:
         return f"it takes a processor with {own.processors[0]}"
-    if not built.exists():
+    if not os.path.exists(built):
         return "" if _compiler() else f"there is no C compiler here ({', '.join(COMPILERS)})"
     try:
         own.load(built.parent)
@@ -134,7 +135,7 @@ def _best(backends: Sequence[type[AnyBackend]], device: torch.device, dtype: tor
 def _obstacle(backend: type[AnyBackend], device: torch.device, dtype: torch.dtype) -> str:
     """Why it cannot serve there. What might have to be compiled first is not tried out."""
     if backend in (CudaBackend, Int8CudaBackend) and device.type == "cuda":
-        return "" if _has_cuda_core() else NO_CUDA_CORE
+        return _no_cuda_core()
     if backend is Int8CpuBackend and device.type == "cpu":
         return _refusal(OWN_INT8, OWN_INT8.source.compiled_file(user_cache()))
     return backend.obstacle(device, dtype)
@@ -155,5 +156,11 @@ def _installed(package: str, extra: str) -> str:
     return "installed" if find_spec(package) else f"not installed: pip install 'lowvram[{extra}]'"
 
 
-def _has_cuda_core() -> bool:
-    return find_spec("cuda") is not None and find_spec("cuda.core") is not None
+def _no_cuda_core() -> str:
+    """Why cuda.core cannot be used, or nothing. It is imported: what is installed may be broken, or be hidden by a file
+    of the user's that is called cuda.py."""
+    try:
+        import cuda.core  # noqa: F401
+    except BROKEN as missing:
+        return no_cuda_core(missing)
+    return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,11 +20,26 @@ from .checkpoint import DEMO
 from .errors import LowVRAMError, OptionError
 from .events import AudioChunk, Event, Finished, Progress, TextDelta
 from .offload.budget import format_bytes
+from .token2wav.windows import SAMPLE_RATE_HZ
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .sound_file import SoundWriter
+
+
+TOLD = (
+    "text",
+    "text_ids",
+    "codec_ids",
+    "prompt_tokens",
+    "finish_reason",
+    "speech_finish_reason",
+    "audio_rtf",
+    "audio_underrun_s",
+    "timings",
+)
+"""Fields of `Finished` that a record has by the same names, null where an answer broke off before they were known."""
 
 
 class Listener:
@@ -38,7 +54,8 @@ class Listener:
 
 
 class Reply(Listener):
-    """A listener that writes the answer to `out` and, if it comes that far, is given the whole (`answer_record`)."""
+    """A listener that writes the answer to `out`. It is given the whole in the end, or what there is of it where an
+    error was the end (`answer_record`)."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -79,6 +96,24 @@ class NdjsonReply(Reply):
 
     def end(self, record: Mapping[str, Any]) -> None:
         _print_json({"event": "finished", **record}, self._out)
+
+
+class SoFar(Listener):
+    """What is known of an answer before its end, by the names that `Finished` has for it."""
+
+    finish_reason = "error"
+    sample_rate_hz = SAMPLE_RATE_HZ
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.audio_s = 0.0
+
+    def show(self, event: Event) -> None:
+        match event:
+            case TextDelta():
+                self.text += event.text
+            case AudioChunk():
+                self.audio_s += len(event.samples) / event.sample_rate_hz
 
 
 class Speech(Listener):
@@ -212,24 +247,29 @@ def speech_to(output: str, stdout: TextIO) -> Speech:
 
     path = Path(output)
     check_ending(path)
+    try:
+        _require_writable(path)
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written: {error.strerror}", hint="choose another place with -o") from error
+    return SpeechFile(path)
+
+
+def _require_writable(path: Path) -> None:
+    """Raise OptionError or OSError where no file can be written. What is there stays, and nothing new does."""
     if not path.parent.is_dir():
         raise OptionError(f"the folder {path.parent} for {path.name} does not exist", hint="make it, or choose another")
     if path.is_fifo():  # opening it would wait for a reader
         raise OptionError(f"{path} is a pipe, but a sound file is written in place", hint=f"raw sound: -o - > {path}")
-    is_new = not path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise OptionError(f"{path} cannot be written: {error.strerror}", hint="choose another place with -o") from error
+    is_new = not os.path.lexists(path)  # a link to nowhere is the user's
+    path.open("ab").close()
     if is_new:
         path.unlink()
-    return SpeechFile(path)
 
 
 def unused_path(path: Path) -> Path:
     """The path itself, or the first of name-2, name-3, ... at which there is nothing yet."""
     numbered = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
-    return next(candidate for candidate in chain([path], numbered) if not candidate.exists())
+    return next(candidate for candidate in chain([path], numbered) if not os.path.lexists(candidate))
 
 
 def write_text(text: str, out: TextIO, end: str = "\n") -> None:
@@ -251,7 +291,8 @@ def event_record(event: Progress | TextDelta | AudioChunk) -> dict[str, Any]:
 
 
 def answer_record(
-    finished: Finished,
+    made: Finished | SoFar,
+    error: LowVRAMError | None = None,
     *,
     model: str,
     device: str,
@@ -260,34 +301,32 @@ def answer_record(
     speech_mode: str | None,
     peak_resident_bytes: int | None,
 ) -> dict[str, Any]:
-    """A whole answer as JSON has it; `audio` is null unless one of `sounds` wrote or played it.
+    """An answer as JSON has it; `audio` is null unless one of `sounds` wrote or played it.
 
-    `memory` holds the device's peaks by phase and how they were counted, and beside them, never mixed, the highest
-    resident set of the process.
+    `error` is what broke the answer off while it was `made`, or kept its sound from its place. `memory` holds the
+    device's peaks by phase and how they were counted, and beside them, never mixed, the highest resident set of the
+    process.
     """
     audio = {
         "path": next((sound.written_to for sound in sounds if sound.written_to), None),
         "played": any(sound.was_played for sound in sounds),
         "mode": speech_mode,
-        "seconds": finished.audio_s,
-        "sample_rate_hz": finished.sample_rate_hz,
+        "seconds": made.audio_s,
+        "sample_rate_hz": made.sample_rate_hz,
     }
     return {
         "model": model,
         "device": device,
         "kernel": kernel,
-        "text": finished.text,
-        "text_ids": list(finished.text_ids),
-        "codec_ids": list(finished.codec_ids),
-        "prompt_tokens": finished.prompt_tokens,
-        "finish_reason": finished.finish_reason,
-        "speech_finish_reason": finished.speech_finish_reason,
+        **{name: getattr(made, name, None) for name in TOLD},
         "audio": audio if audio["path"] or audio["played"] else None,
-        "audio_rtf": finished.audio_rtf,
-        "audio_underrun_s": finished.audio_underrun_s,
-        "timings": dict(finished.timings),
-        "memory": {**finished.memory, "process_peak_resident_bytes": peak_resident_bytes},
+        "memory": {**getattr(made, "memory", {}), "process_peak_resident_bytes": peak_resident_bytes},
+        "error": None if error is None else _error_record(error),
     }
+
+
+def _error_record(error: LowVRAMError) -> dict[str, Any]:
+    return {"message": error.args[0], "hint": error.hint, "exit_code": error.exit_code}
 
 
 def used_lines(record: Mapping[str, Any]) -> list[str]:

@@ -45,6 +45,10 @@ MAX_TIMEOUT_S = 86_400
 MAX_SEED = 2**64 - 1
 """The largest state that a random generator is started from."""
 
+MAX_COUNT = 10**12
+"""Of tokens, frames, pixels or bytes: far beyond any use, and what is planned for so many is still a number that sizes
+of memory are counted in."""
+
 KINDS: dict[str, tuple[type, str]] = {
     "int": (Integral, "a whole number"),
     "float": (Real, "a number"),
@@ -66,7 +70,8 @@ def _require(condition: bool, message: str, hint: str = "") -> None:
 
 
 def _require_kinds(options: Any) -> None:
-    """Every field is of the kind that its annotation says; Python would find out in the middle of an answer."""
+    """Every field is of the kind that its annotation says, and no count is endless; Python would find out in the middle
+    of an answer."""
     for field in fields(options):
         kind_name, _, or_none = str(field.type).partition(" | ")
         value = getattr(options, field.name)
@@ -74,6 +79,8 @@ def _require_kinds(options: Any) -> None:
             kind, words = KINDS[kind_name]
             fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
             _require(fits, f"{field.name} is {value!r}, but must be {words}")
+            if kind is Integral and field.name != "seed":
+                _require(value <= MAX_COUNT, f"{field.name} is above {MAX_COUNT:,}, beyond any use")
 
 
 def require_options(**chosen: object) -> None:

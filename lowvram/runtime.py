@@ -101,8 +101,9 @@ class OmniRuntime:
 
         `vram` is the budget ("8GiB"; None or "auto" takes what is free on the device, a CPU's RAM included, less some
         headroom for others). `ram` bounds what the process keeps on the host; without it, weights wait in their files.
-        `meter` notes memory by phase; by default a GPU's allocator does. Raises CheckpointError, BackendError,
-        OptionError.
+        `meter` notes memory by phase; by default a GPU's allocator does. `on_download` is told of bytes so far
+        and in all, from the threads that download; what it raises ends the download and comes out here. Raises
+        CheckpointError, BackendError, OptionError.
         """
         require_options(limits=limits)
         asked = Budget.of(vram, ram)
@@ -183,8 +184,8 @@ class OmniRuntime:
         """Answer a conversation: yields Progress, TextDelta, AudioChunk as they happen and one Finished at the end.
 
         `messages` follow the chat format of transformers and OpenAI. `speech` None answers in text alone. Closing the
-        iterator cancels; `cancel` does so from another thread, and the turn then still ends with a Finished. Options
-        are checked here, at the call; media and budget when the first event is asked for.
+        iterator cancels; `cancel` does so from another thread, from this call on, and the turn then still ends with a
+        Finished. Options are checked here, at the call; media and budget when the first event is asked for.
         """
         self._require_open()
         require_options(sampling=sampling, speech=speech, media=media)
@@ -289,7 +290,7 @@ class OmniRuntime:
         reply: tuple[int, ...] | None,
     ) -> Generator[Event, None, None]:
         self._require_open()
-        if not self._answering.acquire(blocking=False):
+        while not self._answering.acquire(blocking=False):
             self._require_idle()
         control = self._control
         try:

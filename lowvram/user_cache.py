@@ -5,8 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .errors import LowVRAMError
+
 
 def user_cache() -> Path:
-    """This package's folder in the user's cache (XDG_CACHE_HOME, LOCALAPPDATA or ~/.cache); it need not be there."""
+    """This package's folder in the user's cache (XDG_CACHE_HOME, LOCALAPPDATA or ~/.cache); it need not be there.
+
+    Raises LowVRAMError for a user without a home folder. A shared one would not do: code is kept there.
+    """
     root = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(root) if root else Path.home() / ".cache") / "lowvram"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "lowvram"
+    except RuntimeError as error:
+        raise LowVRAMError(f"no folder to keep files in: {error}", hint="set XDG_CACHE_HOME to one of yours") from error

@@ -18,7 +18,7 @@ from .demo.config import PREPROCESSOR_CONFIG
 from .errors import CheckpointError, OptionError
 from .media import Kind, Video, open_medium
 from .offload.plan import Turn
-from .options import KVPrecision, Limits, MediaParams, SamplingParams, SpeechParams
+from .options import MAX_TIME_S, KVPrecision, Limits, MediaParams, SamplingParams, SpeechParams
 from .preprocess.chat import ChatTokenizer, read_media_tokens
 from .preprocess.counts import (
     Grid,
@@ -57,6 +57,10 @@ STAND_IN_FPS = 30.0
 """Frames per second of a video that nobody has yet."""
 
 
+MOST_IMAGES = 10_000
+"""That may stand in: far beyond any prompt."""
+
+
 @dataclass(frozen=True)
 class StandIn:
     """A medium that nobody has yet: `seconds` of video with sound, or of sound, or one image; `size` is its (height,
@@ -90,9 +94,13 @@ def read_stand_ins(video_s: float = 0, audio_s: float = 0, images: int = 0, size
     match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", size)
     if match is None:
         raise OptionError(f"size {size!r} is not a size in pixels", hint="width x height, such as 1280x720")
-    for name, amount in (("video_s", video_s), ("audio_s", audio_s), ("images", images)):
-        if not (math.isfinite(amount) and amount >= 0):
-            raise OptionError(f"{name} is {amount}, but must be 0 or a positive number")
+    for name, amount, most in (
+        ("video_s", video_s, MAX_TIME_S),
+        ("audio_s", audio_s, MAX_TIME_S),
+        ("images", images, MOST_IMAGES),
+    ):
+        if not 0 <= amount <= most:
+            raise OptionError(f"{name} is {amount}, but must be 0 to {most:,}")
     pixels = int(match[2]), int(match[1])
     return [
         *([StandIn("video", video_s, pixels)] if video_s else []),

@@ -99,7 +99,8 @@ def test_words_survive_a_full_disk_that_sound_does_not(demo: Path):
     done = lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "-o", "/dev/full", "--json")
     assert done.exit_code == 1
     assert "No space left" in done.stderr
-    assert json.loads(done.stdout)["text"]
+    told = json.loads(done.stdout)
+    assert told["text"] and told["finish_reason"] == "length" and "No space left" in told["error"]["message"]
 
 
 def test_json_is_one_object_with_the_whole_answer(demo: Path):
@@ -111,7 +112,15 @@ def test_json_is_one_object_with_the_whole_answer(demo: Path):
     assert answer["audio_rtf"] > 0 and answer["audio_underrun_s"] >= 0
     assert (answer["finish_reason"], answer["speech_finish_reason"], answer["model"]) == ("length", "length", str(demo))
     assert answer["prompt_tokens"] > 1 and answer["timings"]["total"] > 0
+    assert answer["error"] is None
     assert answer["memory"]["kind"] == "not measured" and answer["memory"]["process_peak_resident_bytes"] > 2**20
+
+
+def test_json_of_an_answer_that_cannot_be_made_says_why(demo: Path):
+    done = lowvram("run", "-p", "hello", "--model", demo, *BRIEF, "--vram", "100KiB", "--json")
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["text"], told["audio"]) == (4, "", None)
+    assert told["error"]["exit_code"] == 4 and told["error"]["message"] in done.stderr
 
 
 def test_ndjson_tells_every_event_and_then_the_whole_answer(demo: Path):
@@ -296,6 +305,12 @@ def test_a_chat_can_be_heard(demo: Path, card: SoundCard):
     assert np.any(card.sound)
 
 
+def test_a_chat_takes_options_about_media_that_come_later(demo: Path):
+    chat = ("chat", "--max-pixels", "3136", "--start", "1", "--model", demo, "--max-tokens", "4")
+    done = lowvram(*chat, stdin=b"/add 'picture.bin'\nwhat is it?\n")
+    assert (done.exit_code, "see: 4 of 4 tokens" in done.stderr, done.stdout.count("\n")) == (0, True, 1)
+
+
 def test_a_voice_that_nobody_hears_is_refused_in_a_chat(demo: Path):
     assert "--voice has no effect without --play" in lowvram("chat", "--model", demo, "--voice", "Ethan").stderr
 
@@ -350,6 +365,7 @@ def usual_count(demo: Path, media: Path) -> dict[str, int]:
         (("--max-pixels", "784"), "video_tokens"),
         (("--max-pixels", "3136"), "image_tokens"),
         (("--start", "1"), "audio_tokens"),
+        (("--start", "0:01"), "audio_tokens"),
         (("--end", "1"), "audio_tokens"),
         (("--fps", "2"), "video_tokens"),
         (("--max-frames", "4"), "video_tokens"),
@@ -486,6 +502,11 @@ def test_demo_model_writes_the_checkpoint_that_the_demo_builder_does(demo: Path,
     }
 
 
+def test_demo_model_says_why_a_folder_cannot_be_made():
+    done = lowvram("demo-model", "a" * 300, "--tiny")
+    assert (done.exit_code, "File name too long" in done.stderr) == (2, True)
+
+
 def test_demo_model_leaves_a_folder_with_something_in_it_alone(folder: Path):
     done = lowvram("demo-model", folder, "--tiny")
     assert (done.exit_code, str(folder) in done.stderr) == (2, True)
@@ -527,6 +548,7 @@ BAD_INPUT = {
     "no question": ((), 2, "lowvram run clip.mp4"),
     "missing file": (("missing.mp4",), 5, "missing.mp4"),
     "a folder": ((".",), 5, "folder"),
+    "words for a name": (("What is this?",), 5, "words to be asked go after -p"),
     "not a medium": (("text.bin",), 5, "text.bin"),
     "zero bytes": (("empty.bin",), 5, "0 bytes"),
     "nothing left in the pipe": (("-", "-"), 5, "stdin"),
@@ -559,6 +581,8 @@ BAD_INPUT = {
     "start after the end": (("video.bin", "--start", "99"), 5, "99 s and 2 s: it is 2.00 s long"),
     "start after the end of a sound": (("sound.bin", "--start", "99"), 5, "99 s and its end: it is 0.50 s long"),
     "start at infinity": (("video.bin", "--start", "inf"), 2, "--start is inf s"),
+    "start that is no time": (("video.bin", "--start", "1:75"), 2, "--start is '1:75', but must be a time"),
+    "a name that is too long for a sound": (("-p", "x", "-o", "a" * 300 + ".wav"), 2, "File name too long"),
     "end at infinity": (("video.bin", "--end", "inf"), 2, "end is inf s"),
     "end that is no number": (("video.bin", "--end", "nan"), 2, "end is nan s"),
     "a name that is too long": (("a" * 300 + ".mp4",), 5, "File name too long (check the path"),

@@ -4,9 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.contradictions import ABOUT_SPEECH, CONTRADICTIONS, PREREQUISITES, named_as_typed, refuse, refuse_for_media
+from lowvram.contradictions import (
+    ABOUT_SPEECH,
+    CONTRADICTIONS,
+    IN_A_CHAT,
+    PREREQUISITES,
+    named_as_typed,
+    refuse,
+    refuse_for_media,
+    refuse_to_overwrite,
+)
 from lowvram.errors import OptionError
-from lowvram.flags import Draw, Machine, Memory, Model, Question, Sight, Sound, StandIns, Target, Voice
+from lowvram.flags import Draw, Machine, Memory, Model, Question, Sight, StandIns, Target
+from lowvram.speech_flags import Sound, Voice
 
 
 @pytest.mark.parametrize(
@@ -74,6 +84,22 @@ def test_an_option_without_what_it_is_about_is_refused(typed: dict[str, object],
 )
 def test_what_makes_sense_passes(typed: dict[str, object]):
     refuse(typed)
+
+
+@pytest.mark.parametrize("source", ["{}", "file://{}", "FILE://localhost{}"])
+def test_an_output_that_is_a_medium_is_refused_however_that_is_named(tmp_path: Path, source: str):
+    path = tmp_path / "sound.wav"
+    path.touch()
+    with pytest.raises(OptionError, match="would be written over"):
+        refuse_to_overwrite(["-", "data:,", source.format(path)], str(path))
+    refuse_to_overwrite([source.format(path)], str(tmp_path / "new.wav"))
+
+
+def test_in_a_chat_media_may_come_later_but_a_voice_needs_ears():
+    refuse({"--fps": 1.0, "--start": "1:30", "--max-pixels": 784}, IN_A_CHAT)
+    for typed in ({"--voice": "Ethan"}, {"--top-k": 40}):
+        with pytest.raises(OptionError, match="has no effect without"):
+            refuse(typed, IN_A_CHAT)
 
 
 def test_a_revision_is_of_no_use_for_a_folder(tmp_path: Path):

@@ -61,6 +61,24 @@ def test_a_command_that_there_is_not_is_refused_with_those_there_are(line: str):
         Chat(named).take(line)
 
 
+@pytest.mark.parametrize(
+    ("typed", "path"),
+    [
+        ("'my clip.mp4'", "my clip.mp4"),
+        ('"my clip.mp4"', "my clip.mp4"),
+        ("~/clip.mp4", "/home/me/clip.mp4"),
+        ("it's.mp4", "it's.mp4"),
+        ("http://a/~b.mp4", "http://a/~b.mp4"),
+    ],
+)
+def test_a_path_is_taken_as_a_shell_would_have_passed_it_on(typed: str, path: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    chat = Chat(named)
+    chat.take(f"/add {typed}")
+    assert chat.take("what is it?") == [said("what is it?", path)]
+
+
 def test_an_empty_line_asks_nothing():
     assert Chat(named).take("  \n") is None
 

@@ -1,49 +1,20 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import Annotated
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from lowvram.device import DTYPES
 from lowvram.errors import OptionError
-from lowvram.flags import Draw, Machine, Memory, Question, Sight, Sound, Target, Voice, spread
+from lowvram.flags import Draw, Machine, Memory, Question, Sight, Target
 from lowvram.offload.budget import Budget
-from lowvram.options import MODES, Limits, MediaParams, SamplingParams, SpeechParams
+from lowvram.options import MODES, Limits, MediaParams, SamplingParams
 from lowvram.quant.matmul import BACKENDS, BORROWED, BY_NAME
-
-
-@dataclass(frozen=True)
-class Pair:
-    left: Annotated[int, typer.Option("--left")] = 1
-    right: Annotated[int, typer.Option("-r", "--right")] = 2
-
-
-Lone = Annotated[bool, typer.Option("--lone")]
-
-
-def test_a_command_of_groups_takes_every_flag_by_itself():
-    taken: list[object] = []
-
-    @spread
-    def command(ctx: typer.Context, pair: Pair, lone: Lone = False) -> None:
-        """What it does."""
-        taken.extend((type(ctx).__name__, pair, lone))
-
-    assert list(inspect.signature(command).parameters) == ["ctx", "left", "right", "lone"]
-    app = typer.Typer()
-    app.command()(command)
-    assert "What it does." in CliRunner().invoke(app, ["--help"]).output
-    assert CliRunner().invoke(app, ["-r", "5", "--lone"]).exit_code == 0
-    assert taken == ["Context", Pair(1, 5), True]
+from lowvram.speech_flags import Sound
 
 
 def test_nothing_typed_means_the_defaults_of_the_options():
     assert Question().sampling(Draw()) == SamplingParams() == Question().sampling()
-    assert Sound().params(Voice()) == SpeechParams() == Sound().params()
     assert Sight().params() == MediaParams()
     assert (Memory().limits(), Memory().budget(), Target().card()) == (Limits(), Budget(), None)
 
@@ -53,36 +24,9 @@ def test_a_question_and_a_draw_make_one_way_to_answer():
     assert drawn == SamplingParams(max_tokens=7, temperature=0.5, top_k=3, top_p=0.9, seed=4)
 
 
-def test_without_speech_there_is_none_but_what_is_wrong_is_refused_all_the_same():
-    assert Sound(no_speech=True).params() is None
-    with pytest.raises(OptionError, match="steps is 1"):
-        Sound(no_speech=True, steps=1).params()
-
-
-@pytest.mark.parametrize(("seconds", "codes"), [(1.0, 50), (0.02, 1), (2.39, 120), (82.0, 4100)])
-def test_seconds_of_speech_are_50_codes_each(seconds: float, codes: int):
-    assert Sound(max_seconds=seconds).params().sampling.max_tokens == codes
-
-
-@pytest.mark.parametrize("seconds", [0.0, 0.01, -1.0, float("inf"), float("nan")])
-def test_speech_that_is_no_code_long_is_refused(seconds: float):
-    with pytest.raises(OptionError, match=r"max_seconds is .* s, but speech lasts at least 0\.02 s"):
-        Sound(max_seconds=seconds).params()
-
-
-@pytest.mark.parametrize(
-    ("voice", "named", "mode"),
-    [
-        (Voice(), None, "exact"),
-        (Voice(output="reply.wav"), None, "exact"),
-        (Voice(play=True), None, "balanced"),
-        (Voice(play=True, output="reply.wav"), None, "exact"),
-        (Voice(play=True), "exact", "exact"),
-        (Voice(), "low-latency", "low-latency"),
-    ],
-)
-def test_a_mode_is_exact_unless_named_or_only_played(voice: Voice, named: str | None, mode: str):
-    assert Sound(speech_mode=named).params(voice).mode == mode
+def test_a_cut_is_in_seconds_or_as_players_show_it():
+    seen = Sight(start="30", end="1:30").params()
+    assert (seen.start_s, seen.end_s) == (30, 90)
 
 
 def test_few_pixels_and_frames_make_the_usual_least_give_way():

@@ -42,11 +42,34 @@ except CheckpointError as error:
     print(json.dumps({"error": str(error)}))
 """
 
+GIVE_UP = """
+import json, sys
+from lowvram.checkpoint import open_checkpoint
+from lowvram.errors import LowVRAMError
+def give_up(done, total):
+    raise LowVRAMError("that is enough")
+try:
+    open_checkpoint(sys.argv[1], on_progress=give_up)
+except LowVRAMError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+
 DESCRIBE = """
 import json, sys
 from lowvram.planning import find_description
 folder, config = find_description(sys.argv[1])
 print(json.dumps({"files": sorted(path.name for path in folder.iterdir()), "config": config}))
+"""
+
+
+PLAN = """
+import json, sys
+from lowvram.errors import CheckpointError
+from lowvram.planning import find_headers
+try:
+    find_headers(sys.argv[1])
+except CheckpointError as error:
+    print(json.dumps({"error": str(error)}))
 """
 
 
@@ -59,10 +82,14 @@ class FakeHub:
     asked: list[str] = field(default_factory=list)
     sent_bytes: Counter[str] = field(default_factory=Counter)
     claimed_bytes: int | None = None
+    page: bytes | None = None
+    status: int = 200
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body for a request."""
         self.asked.append(path)
+        if self.page is not None or self.status != 200:
+            return self.status, {}, self.page or b""
         if "/owner/gated" in path:
             return 403, {"X-Error-Code": "GatedRepo"}, b""
         if "/owner/omni" not in path:
@@ -190,6 +217,12 @@ def test_a_full_disk_is_noticed_before_anything_is_fetched(hub, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_a_listener_can_end_a_download_which_goes_on_another_time(hub, tmp_path):
+    ended = open_in_process(tmp_path, "owner/omni", script=GIVE_UP, HF_ENDPOINT=hub.url)
+    assert ended == {"error": "that is enough"}
+    assert open_in_process(tmp_path, "owner/omni", HF_ENDPOINT=hub.url)["tensors"] == ["thinker.a"]
+
+
 def test_a_download_that_ends_early_is_named(hub, tmp_path):
     hub.claimed_bytes = 10**6
     answer = open_in_process(tmp_path, "owner/omni", HF_ENDPOINT=hub.url)
@@ -203,7 +236,21 @@ def test_offline_without_a_copy_says_both(tmp_path):
 
 def test_a_hub_that_cannot_be_reached_is_named(tmp_path):
     answer = open_in_process(tmp_path, "owner/omni", HF_ENDPOINT="http://127.0.0.1:9")
-    assert re.match(r"owner/omni is not complete in .*, and http://127\.0\.0\.1:9 cannot be reached", answer["error"])
+    reason = r"http://127\.0\.0\.1:9 cannot be reached: .*refused"
+    assert re.match(rf"owner/omni is not complete in .*, and {reason}", answer["error"])
+
+
+@pytest.mark.parametrize("script", [OPEN, PLAN])
+def test_a_hub_that_answers_as_a_web_page_does_is_named(hub, tmp_path, script):
+    hub.page = b"<html>Please log in.</html>"
+    answer = open_in_process(tmp_path, "owner/omni", HF_ENDPOINT=hub.url, script=script)
+    assert answer["error"].startswith(f"{hub.url} does not answer as a hub does about owner/omni (a network that wants")
+
+
+def test_a_hub_that_wants_no_more_requests_is_quoted(hub, tmp_path):
+    hub.status = 429
+    answer = open_in_process(tmp_path, "owner/omni", HF_ENDPOINT=hub.url)
+    assert f"and {hub.url} cannot be reached: 429 Too Many Requests" in answer["error"]
 
 
 def test_a_name_that_no_hub_takes_is_refused(tmp_path):

@@ -226,6 +226,13 @@ def test_a_named_pipe_is_refused_without_waiting_for_its_reader(tmp_path: Path, 
         speech_to(str(tmp_path / "pipe.wav"), io.StringIO())
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links to nowhere take rights that a user of Windows lacks")
+def test_a_link_to_nowhere_is_left_to_its_owner(tmp_path: Path):
+    (tmp_path / "reply.wav").symlink_to(tmp_path / "elsewhere.wav")
+    speech_to(str(tmp_path / "reply.wav"), io.StringIO())
+    assert (tmp_path / "reply.wav").is_symlink()
+
+
 def test_a_line_that_is_no_progress_is_said_as_it_is():
     out = io.StringIO()
     ProgressLines(out).say("warning: long")

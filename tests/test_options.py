@@ -39,6 +39,8 @@ REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
     (SpeechParams, {"voice": 3}, "voice is 3, but must be a word"),
     (MediaParams, {"start_s": "1:30"}, "start_s is '1:30', but must be a number"),
     (MediaParams, {"video_sound": 1}, "video_sound is 1, but must be True or False"),
+    (SamplingParams, {"max_tokens": 10**30}, "max_tokens is above 1,000,000,000,000, beyond any use"),
+    (MediaParams, {"max_frames": 10**400}, "max_frames is above 1,000,000,000,000, beyond any use"),
     (Limits, {"max_prompt_tokens": 1.5}, "max_prompt_tokens is 1.5, but must be a whole number"),
     (SpeechParams, {"steps": 1}, "steps is 1, but the ODE grid needs 2 to 1000 time points"),
     (SpeechParams, {"steps": 1001}, "steps is 1001, but the ODE grid needs 2 to 1000 time points"),

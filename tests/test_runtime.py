@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from lowvram.errors import BackendError, BudgetError, CheckpointError, LowVRAMError, OptionError
-from lowvram.events import Finished, TextDelta
+from lowvram.events import Event, Finished, TextDelta
 from lowvram.offload.meter import LiveBytes
 from lowvram.options import TALKER_SAMPLING, Limits, SamplingParams, SpeechParams
 from lowvram.runtime import RECITING, OmniRuntime
@@ -82,6 +84,56 @@ def test_a_second_answer_at_once_is_refused(omni: OmniRuntime):
     with pytest.raises(LowVRAMError, match="already making 1 answer"):
         next(omni.generate(MESSAGES))
     assert isinstance(list(first)[-1], Finished)
+
+
+class EndsMeanwhile:
+    """The lock of an answer that ends just after another one asked for it."""
+
+    def __init__(self) -> None:
+        self.asked = self.held = 0
+
+    def acquire(self, blocking: bool) -> bool:
+        self.asked += 1
+        self.held += self.asked > 1
+        return self.asked > 1
+
+    def locked(self) -> bool:
+        return self.held > 0
+
+    def release(self) -> None:
+        self.held -= 1
+
+
+def test_an_answer_that_ends_meanwhile_gives_way_to_the_next(omni: OmniRuntime, monkeypatch: pytest.MonkeyPatch):
+    lock = EndsMeanwhile()
+    monkeypatch.setattr(omni, "_answering", lock)
+    events = omni.generate(MESSAGES, sampling=SHORT, speech=None)
+    next(events)
+    assert lock.held == 1
+    events.close()
+    assert lock.held == 0
+
+
+def test_an_exception_between_two_events_leaves_the_runtime_usable(omni: OmniRuntime):
+    expected = ask(omni)
+    with pytest.raises(ZeroDivisionError):
+        for _ in omni.generate(MESSAGES, sampling=SHORT, speech=SPEECH):
+            raise ZeroDivisionError
+    assert ask(omni).codec_ids == expected.codec_ids
+
+
+def test_each_event_may_be_asked_for_in_another_thread(omni: OmniRuntime):
+    events, threads = omni.generate(MESSAGES, sampling=SHORT, speech=SPEECH), []
+    *_, finished = list(iter(partial(_in_a_thread_of_its_own, events, threads), None))
+    assert (finished.codec_ids, len(set(threads))) == (ask(omni).codec_ids, len(threads))
+
+
+def _in_a_thread_of_its_own(events: Iterator[Event], threads: list[threading.Thread]) -> Event | None:
+    made: list[Event | None] = []
+    threads.append(threading.Thread(target=lambda: made.append(next(events, None))))
+    threads[-1].start()
+    threads[-1].join()
+    return made[0]
 
 
 def test_answers_can_be_made_in_another_thread(omni: OmniRuntime):

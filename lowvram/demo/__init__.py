@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -66,7 +67,7 @@ def demo_folder(cache: Path | None = None) -> Path:
         [RECIPE, BUILT_IN_SEED, asdict(DemoSize()), SPECIAL_TOKENS, ROLES, WORDS, CHAT_TEMPLATE, PREPROCESSOR_CONFIG]
     )
     folder = cache / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, also where nobody may look
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -281,6 +281,5 @@ def _native_sound(
 
 
 def _no_sound(medium: Medium) -> MediaError:
-    return MediaError(
-        f"{medium.name} is {A_KIND[medium.kind]} without sound", path=medium.name, hint="pass one that has"
-    )
+    hint = "samples are a numpy array at 16 kHz" if isinstance(medium.content, Slides) else "pass one that has"
+    return MediaError(f"{medium.name} is {A_KIND[medium.kind]} without sound", path=medium.name, hint=hint)

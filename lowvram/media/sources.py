@@ -47,6 +47,7 @@ READ_BYTES = 256 * 1024
 SLOWEST_BYTES_PER_S = 32 * 1024
 """A download slower than this, on average after the first `network_timeout_s`, has stalled."""
 
+FILE_SCHEME = "file://"
 _SCHEMES = re.compile(r"(https?|file)://|data:", re.IGNORECASE)
 """How a string says that it is an address. Everything else is a path: `C:\\clip.mp4`, `12:30 call.mkv`."""
 
@@ -182,12 +183,24 @@ def _opened(source: str | Path | Bytes | BinaryIO, name: str, limits: Limits) ->
 def _from_address(address: str, scheme: str, name: str, limits: Limits) -> Stored:
     if scheme == "data:":
         return Stored(io.BytesIO(_decode_data_url(address, name)), name)
-    if scheme == "file://":
-        local = address[len(scheme) :].removeprefix("localhost")
-        if os.name == "nt" and not local.startswith("/"):
-            local = f"//{local}"  # a share: file://server/folder/clip.mp4
-        return _from_path(Path(urllib.request.url2pathname(local)), name, limits)
+    if scheme == FILE_SCHEME:
+        return _from_path(_path_of_address(address), name, limits)
     return Stored(_download(address, name, limits), name)
+
+
+def local_path(source: str) -> Path | None:
+    """Where on this machine the medium lies that a string names; None for stdin, `data:` and the web."""
+    scheme = _SCHEMES.match(source)
+    if scheme is None:
+        return None if source == "-" else Path(source)
+    return _path_of_address(source) if scheme[0].lower() == FILE_SCHEME else None
+
+
+def _path_of_address(address: str) -> Path:
+    local = address[len(FILE_SCHEME) :].removeprefix("localhost")
+    if os.name == "nt" and not local.startswith("/"):
+        local = f"//{local}"  # a share: file://server/folder/clip.mp4
+    return Path(urllib.request.url2pathname(local))
 
 
 def _from_path(path: Path, name: str, limits: Limits) -> Stored:
@@ -357,7 +370,7 @@ def _one_line(reason: str) -> str:
 
 def _way_out(cause: object) -> str:
     match cause:
-        case FileNotFoundError():
+        case FileNotFoundError(filename=str() | Path()):
             return f"looked in {os.getcwd()}; an address begins with http://, https://, file:// or data:"
         case IsADirectoryError():
             return "name one file in it"

@@ -155,6 +155,9 @@ def _read_template(folder: Path) -> str | None:
     if (folder / "chat_template.jinja").exists() or not path.exists():
         return None
     try:
-        return cast(str, json.loads(path.read_text(encoding="utf-8"))["chat_template"])
-    except (OSError, ValueError, KeyError) as error:
+        template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+        if isinstance(template, str):
+            return template
+        raise TypeError(f"chat_template is {template!r}, but must be text")
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}", path=str(path)) from error

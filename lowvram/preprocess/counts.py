@@ -26,6 +26,10 @@ READABLE_AS: Mapping[str, tuple[str, ...]] = {"image": ("image",), "audio": ("au
 FEWEST_MEL_FRAMES = 3
 """The fewest that make a token; a shorter sound counts as this long, padded with silence."""
 
+MOST_PIXELS = 10**9
+MOST_SAMPLES = 10_000
+"""Far above what a picture and a window of sound are, and small enough that nothing made of one takes all memory."""
+
 Grid = tuple[int, int, int]
 
 
@@ -76,33 +80,42 @@ class Recipe:
 
 def read_recipe(preprocessor: Mapping[str, Any]) -> Recipe:
     """The recipe in a checkpoint's preprocessor_config.json. Raises KeyError where that lacks a key, ValueError for a
-    size that is no whole number above 0 and for anything but a number per colour."""
-    # Newer files write the pixel bounds as edges of `size`, in pixels all the same.
-    size = preprocessor.get("size") or {}
+    size that is no such number and for anything but a number per colour."""
+    if not isinstance(preprocessor, Mapping):
+        raise ValueError(f"it holds {preprocessor!r}, not an object")
     vision = VisionRecipe(
-        patch_size=_size(preprocessor, "patch_size"),
-        merge_size=_size(preprocessor, "merge_size"),
-        temporal_patch_size=_size(preprocessor, "temporal_patch_size"),
+        patch_size=read_size(preprocessor, "patch_size"),
+        merge_size=read_size(preprocessor, "merge_size"),
+        temporal_patch_size=read_size(preprocessor, "temporal_patch_size"),
         mean=_per_colour(preprocessor, "image_mean"),
         std=_per_colour(preprocessor, "image_std"),
-        min_pixels=preprocessor.get("min_pixels") or _size(size, "shortest_edge"),
-        max_pixels=preprocessor.get("max_pixels") or _size(size, "longest_edge"),
+        min_pixels=_pixels(preprocessor, "min_pixels", "shortest_edge"),
+        max_pixels=_pixels(preprocessor, "max_pixels", "longest_edge"),
     )
-    return Recipe(vision, _size(preprocessor, "hop_length"))
+    return Recipe(vision, read_size(preprocessor, "hop_length", MOST_SAMPLES))
 
 
-def _size(published: Mapping[str, Any], key: str) -> int:
+def _pixels(published: Mapping[str, Any], key: str, edge: str) -> int:
+    """A bound on pixels. Newer files write it as an edge of `size`, in pixels all the same."""
+    size = published.get("size")
+    return read_size(published, key) if published.get(key) or not isinstance(size, Mapping) else read_size(size, edge)
+
+
+def read_size(published: Mapping[str, Any], key: str, most: int = MOST_PIXELS) -> int:
+    """A whole number from 1 to `most`. Raises KeyError where it is missing, ValueError where it is anything else."""
     size = published[key]
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"{key} is {size!r}, but must be a whole number above 0")
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
+        raise ValueError(f"{key} is {size!r}, but must be a whole number from 1 to {most:,}")
     return size
 
 
 def _per_colour(published: Mapping[str, Any], key: str) -> tuple[float, float, float]:
     match published[key]:
-        case [int() | float() as red, int() | float() as green, int() | float() as blue]:
+        case [int() | float() as red, int() | float() as green, int() | float() as blue] if all(
+            0 < value < math.inf for value in (red, green, blue)
+        ):
             return red, green, blue
-    raise ValueError(f"{key} is {published[key]!r}, but must be a number for each of 3 colours")
+    raise ValueError(f"{key} is {published[key]!r}, but must be a number above 0 for each of 3 colours")
 
 
 def window_frames(config: Mapping[str, Any]) -> int:
@@ -119,7 +132,11 @@ def check_kind(part: MediaPart, medium: Medium) -> None:
     """Raise MediaError where a medium is not what its message says."""
     is_first_picture = part.kind == "image" and medium.is_animation
     if medium.kind not in READABLE_AS[part.kind] and not is_first_picture:
-        raise MediaError(f"{part.where} says {part.kind}, but {medium.name} is of kind {medium.kind}", path=medium.name)
+        raise MediaError(
+            f"{part.where} says {part.kind}, but {medium.name} is of kind {medium.kind}",
+            path=medium.name,
+            hint=f'make it {{"type": "{medium.kind}", "{medium.kind}": ...}}',
+        )
 
 
 def count_medium(part: MediaPart, medium: Medium, recipe: Recipe, limits: Limits) -> MediumShape:

@@ -194,7 +194,7 @@ def _source(value: object, where: str) -> Source:
     if isinstance(value.get("url"), str):
         return cast(str, value["url"])
     if not isinstance(value.get("data"), str):
-        raise OptionError(f"{where} has a source without url or data")
+        raise OptionError(f"{where} has a source without url or data", hint='{"url": "…"} or {"data": "base64 …"}')
     try:
         return decode_base64(value["data"].encode(errors="replace"))
     except binascii.Error as error:

@@ -68,7 +68,7 @@ class PlainTokenizer:
         try:
             text = (self._folder / "tokenizer_config.json").read_text(encoding="utf-8")
             return str(json.loads(text)["chat_template"])
-        except (OSError, KeyError) as error:
+        except (OSError, LookupError, TypeError) as error:
             raise ValueError(f"{self._folder} has no chat template") from error
 
 

@@ -35,6 +35,7 @@ from ..media import (
 from ..options import Limits, MediaParams
 from .chat import ChatTokenizer, read_media_tokens
 from .counts import (
+    MOST_SAMPLES,
     MediumShape,
     audio_windows,
     check_kind,
@@ -43,6 +44,7 @@ from .counts import (
     heard_samples,
     is_picked,
     read_recipe,
+    read_size,
     shown_frames,
     sound_samples,
     window_frames,
@@ -65,6 +67,15 @@ from .pixels import frame_indices, patchify, resize_frame, resize_image
 TRAINED_PROMPT_TOKENS = 32_768
 """The longest prompts that the published models were trained on. Their positions reach further, for a frame's tokens
 share theirs."""
+
+AGREED = (
+    ("patch_size", "vision_config", "patch_size"),
+    ("merge_size", "vision_config", "spatial_merge_size"),
+    ("temporal_patch_size", "vision_config", "temporal_patch_size"),
+    ("feature_size", "audio_config", "num_mel_bins"),
+)
+"""What preprocessor_config.json calls by the first name, config.json calls by the last, in that section: what media are
+cut into, and what the towers take."""
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +105,13 @@ class PromptShape:
     def largest_visual_patches(self) -> int:
         """Patches of the largest temporal patch, which the vision tower must see whole."""
         return max((height * width for _, height, width in self.grids), default=0)
+
+    def __str__(self) -> str:
+        kinds = (
+            f"{self.text_tokens} text, {self.image_tokens} image, {self.audio_tokens} audio, {self.video_tokens} video"
+        )
+        media = (f"{medium.tokens:>8}  {medium.kind}  {medium.name}" for medium in self.media)
+        return "\n".join([f"{self.prompt_tokens} prompt tokens: {kinds}", *media])
 
 
 @dataclass(frozen=True)
@@ -137,6 +155,7 @@ class Preprocessor:
             self._clock = Clock(thinker["position_id_per_seconds"], thinker["seconds_per_chunk"])
             self._max_positions = int(thinker["text_config"]["max_position_embeddings"])
             self._window_frames = window_frames(config)
+            _require_agreement(published, thinker, path)
         except KeyError as error:
             raise CheckpointError(f"config.json lacks {error}", path=str(folder / "config.json")) from error
         self._chat = ChatTokenizer(_read_tokenizer(folder), folder, self._tokens)
@@ -275,6 +294,17 @@ class Preprocessor:
             raise _too_long(shape, "max_position_embeddings", shape.next_position, self._max_positions)
 
 
+def _require_agreement(published: Mapping[str, Any], thinker: Mapping[str, Any], path: Path) -> None:
+    for key, section, name in AGREED:
+        expected = thinker.get(section, {}).get(name, published[key])
+        if published[key] != expected:
+            raise CheckpointError(
+                f"{path} has a {key} of {published[key]}, but config.json a {name} of {expected}",
+                path=str(path),
+                hint="take both files from the same checkpoint",
+            )
+
+
 def _warn_beyond_training(shape: PromptShape) -> None:
     if shape.prompt_tokens > TRAINED_PROMPT_TOKENS:
         log.warning(
@@ -318,12 +348,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _mel_recipe(published: Mapping[str, Any]) -> MelRecipe:
-    names = ("feature_size", "sampling_rate", "hop_length", "chunk_length", "n_fft")
+    names = ("feature_size", "hop_length", "chunk_length", "n_fft")
+    sizes = {name: read_size(published, name, MOST_SAMPLES) for name in names}
+    if sizes["n_fft"] % 2:
+        raise ValueError(f"n_fft is {sizes['n_fft']}, but must be even")
     if published["sampling_rate"] != SOUND_RATE_HZ:
         raise CheckpointError(
             f"the checkpoint hears {published['sampling_rate']} Hz, where media give {SOUND_RATE_HZ} Hz"
         )
-    extractor = WhisperFeatureExtractor(**{name: published[name] for name in names})
+    extractor = WhisperFeatureExtractor(sampling_rate=SOUND_RATE_HZ, **sizes)
     return MelRecipe(
         extractor.hop_length,
         extractor.n_fft,
@@ -335,5 +368,5 @@ def _mel_recipe(published: Mapping[str, Any]) -> MelRecipe:
 def _read_tokenizer(folder: Path) -> Qwen2Tokenizer:
     try:
         return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}", path=str(folder)) from error

@@ -94,7 +94,8 @@ __device__ inline float add_slices(const float (&sum)[COLUMNS], int slice, int l
 }
 
 // x [rows, K] -> out [rows, N], ROWS rows to a block: grid (ceil(rows / ROWS), ceil(words / TILE)), TILE * SLICES
-// threads. Blocks that read the same words start together, so all but one find them in the cache. x and scales lie on multiples of 16 bytes.
+// threads. Blocks that read the same words start together, so all but one find them in the cache. x and scales lie on
+// multiples of 16 bytes.
 template <typename Float, int ROWS>
 __device__ void multiply(const Bits* x, const Word* qweight, const Word* qzeros, const Bits* scales, Bits* out,
                          int rows, int in_features, int words, int group_size) {

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .reference import OnAWQTensors, ReferenceBackend
-from .triton_backend import FEW_ROWS, SELF_TEST_TOLERANCE, self_test
+from .trial import BROKEN, complaint
+from .triton_backend import FEW_ROWS, self_test
 
 GROUP_SIZES = (32, 64, 128)
 """Those that both projects say the kernel was made for."""
@@ -53,13 +54,12 @@ class BorrowedBackend(OnAWQTensors, ABC):
             from triton.errors import TritonError
 
             cls.multiply_packed()
-        except (ImportError, AttributeError, OSError, RuntimeError) as missing:  # an old package meets new libraries
+        except BROKEN as missing:
             return f"{cls.name} cannot be imported ({missing}): pip install 'lowvram[{cls.name}]'"
         try:
-            error = self_test(cls().matmul, device, dtype)
-        except (TritonError, RuntimeError, OSError, CalledProcessError, TypeError, ValueError) as failure:
-            return f"its kernel fails on this machine: {failure}"  # the last two: another version's other arguments
-        return "" if error < SELF_TEST_TOLERANCE else f"its kernel is wrong on this machine, by {error:.1%}"
+            return complaint("its kernel", self_test(cls().matmul, device, dtype))
+        except (TritonError, CalledProcessError, TypeError, ValueError, *BROKEN) as failure:
+            return f"its kernel fails on this machine: {failure}"  # another version may take other arguments
 
     def matmul(self, x: Tensor, weights: Mapping[str, Tensor], group_size: int) -> Tensor:
         """x [..., K] -> [..., N], a new tensor."""

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from ..errors import BackendError
+from ..errors import BackendError, LowVRAMError
 from ..user_cache import user_cache
+from .trial import TOLERANCE
 
 Run = Callable[[ctypes.Structure], None]
 """Computes the product that a structure, the source's own, describes. As many threads as torch uses share it."""
@@ -38,8 +39,8 @@ MAPS = Path("/proc/self/maps")
 
 TEAM_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
-SELF_TEST_TOLERANCE = 0.01
-"""Three times the error that bfloat16 explains, and far below what misread weights make."""
+DIGEST_BYTES = hashlib.sha256().digest_size
+"""A compiled file ends with the digest of all that comes before it, where no loader looks."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class CSource:
 
         Raises BackendError when it cannot be had on this machine, with the reason.
         """
-        library, team = _library(self, str(cache_folder or user_cache())), _torch_team(self)
+        team, library = _torch_team(self), _library(self, cache_folder or self._users_cache())
         if not library.lowvram_supported():
             raise self.refusal(f"this processor has no {self.instructions}")
 
@@ -77,9 +78,15 @@ class CSource:
 
         return run
 
+    def _users_cache(self) -> Path:
+        try:
+            return user_cache()
+        except LowVRAMError as error:
+            raise self.refusal(str(error.args[0])) from error
+
     def require(self, error: float) -> None:
         """Raise BackendError where what was compiled has too large a relative error."""
-        if not error <= SELF_TEST_TOLERANCE:
+        if not error <= TOLERANCE:
             raise self.refusal(f"what was compiled is wrong by {error:.1%}")
 
     def refusal(self, reason: str) -> BackendError:
@@ -99,7 +106,7 @@ class _Team(ctypes.Structure):
 def _torch_team(source: CSource) -> _Team:
     """Of the OpenMP that torch has loaded; another library may have brought one of its own."""
     try:
-        lines = MAPS.read_text(encoding="utf-8").splitlines()
+        lines = MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         loaded = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line}
         nearest = min(loaded, key=lambda path: (not path.startswith(str(Path(torch.__file__).parent)), path))
         functions = [getattr(ctypes.CDLL(nearest), name) for name in TEAM_FUNCTIONS]
@@ -109,10 +116,10 @@ def _torch_team(source: CSource) -> _Team:
 
 
 @cache
-def _library(source: CSource, cache_folder: str) -> ctypes.CDLL:
-    compiled = source.compiled_file(Path(cache_folder))
+def _library(source: CSource, cache_folder: Path) -> ctypes.CDLL:
+    compiled = source.compiled_file(cache_folder)
     try:
-        if not compiled.exists():
+        if not _is_whole(compiled):
             _compile(source, compiled)
         library = ctypes.CDLL(str(compiled))
     except OSError as error:
@@ -120,6 +127,15 @@ def _library(source: CSource, cache_folder: str) -> ctypes.CDLL:
     library.lowvram_multiply.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
     library.lowvram_multiply.restype = None
     return library
+
+
+def _is_whole(compiled: Path) -> bool:
+    """Whether it is there, as it was written: one that a crash or a full disk cut short could end the process."""
+    try:
+        content = compiled.read_bytes()
+    except FileNotFoundError:
+        return False
+    return content[-DIGEST_BYTES:] == hashlib.sha256(content[:-DIGEST_BYTES]).digest()
 
 
 def _compile(source: CSource, compiled: Path) -> None:
@@ -138,6 +154,8 @@ def _compile(source: CSource, compiled: Path) -> None:
             raise source.refusal(f"{compiler} was not done after {COMPILE_S} s") from error
         if done.returncode:
             raise source.refusal(f"{compiler} fails: {_first_line(done.stderr)}")
+        with fresh.open("ab") as file:
+            file.write(hashlib.sha256(fresh.read_bytes()).digest())
         fresh.replace(compiled)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .nvrtc import ROWS_PER_BLOCK, SUFFIX, Launch, Source, addresses, aligned_rows, blocks, load_kernels, obstacle_on
-from .packing import NIBBLES_PER_WORD, pack_awq, unpack_awq
+from .packing import NIBBLES_PER_WORD
 from .reference import OnAWQTensors, ReferenceBackend, Workspace
+from .trial import awq_error
 
 SOURCE = Source("awq.cu")
 
@@ -103,12 +104,5 @@ class CudaBackend(OnAWQTensors):
 
 def self_test(backend: CudaBackend, device: torch.device, dtype: torch.dtype) -> float:
     """The largest relative error of a small linear, both ways: one with a second tile and slices of two runs."""
-    generator = torch.Generator().manual_seed(0)
-    group_size, in_features, out_features = RUN, (SLICES + 2) * RUN, (TILE_WORDS + 1) * NIBBLES_PER_WORD
-    stored = pack_awq(torch.randn(out_features, in_features, generator=generator), group_size)
-    x = torch.randn(FEW_ROWS + 1, in_features, generator=generator).to(dtype)
-    exact = x.float() @ unpack_awq(*stored, group_size, torch.float32).t()
-    weights = dict(zip(("qweight", "qzeros", "scales"), (tensor.to(device) for tensor in stored), strict=True))
-    products = [backend.matmul(x[:rows].to(device), weights, group_size).cpu() for rows in (1, FEW_ROWS, len(x))]
-    errors = torch.stack([(y - exact[: len(y)]).norm() / exact[: len(y)].norm() for y in products])
-    return float(errors.max())  # NaN, if any is
+    sizes = (SLICES + 2) * RUN, (TILE_WORDS + 1) * NIBBLES_PER_WORD, RUN
+    return awq_error(backend.matmul, device, dtype, sizes, rows=(1, FEW_ROWS, FEW_ROWS + 1))

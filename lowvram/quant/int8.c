@@ -13,8 +13,8 @@
 
 enum {
     RUN = 8,      // inputs at once; groups are multiples of it
-    COLUMNS = 4,  // a piece of the work. One row takes them all at once, so that each sum is waited for less often
-    ROWS = 4,     // at once; they take HALF of the columns: 8 of 16 registers hold their sums
+    COLUMNS = 4,  // a piece of the work. One row or two take them all at once, so that each sum is waited for less often
+    ROWS = 4,     // at once; three of them or four take HALF of the columns: at most 8 of 16 registers hold their sums
     HALF = COLUMNS / 2,
     LINE = 64,    // bytes that come from memory together
     AHEAD = 4096, // bytes to ask memory for before they are needed
@@ -44,12 +44,15 @@ INLINE float add_up(__m256 values) {
 INLINE void sum_group(int columns, int rows, const float *x, const uint8_t *packed, int64_t inputs, int64_t group_size,
                       __m256 sums[][ROWS]) {
     for (int64_t k = 0; k < group_size; k += RUN) {
+        __m256 q[COLUMNS];
         UNROLLED for (int c = 0; c < columns; c++) {
             const uint8_t *bytes = packed + c * inputs + k;
             if (k % LINE == 0) _mm_prefetch((const char *)bytes + AHEAD, _MM_HINT_T0);
-            __m256 q = steps(bytes);
-            UNROLLED for (int r = 0; r < rows; r++)
-                sums[c][r] = _mm256_fmadd_ps(_mm256_loadu_ps(x + r * inputs + k), q, sums[c][r]);
+            q[c] = steps(bytes);
+        }
+        UNROLLED for (int r = 0; r < rows; r++) {
+            __m256 values = _mm256_loadu_ps(x + r * inputs + k);
+            UNROLLED for (int c = 0; c < columns; c++) sums[c][r] = _mm256_fmadd_ps(values, q[c], sums[c][r]);
         }
     }
 }
@@ -75,6 +78,11 @@ INLINE void multiply_tile(const Product *p, int64_t column, int64_t row, int col
         for (int r = 0; r < rows; r++) p->out[(row + r) * p->columns + column + c] = add_up(totals[c][r]);
 }
 
+// Some rows by a whole piece, so many columns at once.
+INLINE void multiply_piece(const Product *p, int64_t column, int64_t row, int columns, int rows) {
+    for (int c = 0; c < COLUMNS; c += columns) multiply_tile(p, column + c, row, columns, rows);
+}
+
 // Whether this processor has the instructions.
 int lowvram_supported(void) {
     unsigned a, b, of_1, d; // what CPUID gives of leaf 1: GCC before 11 knows no "f16c" by name
@@ -94,9 +102,12 @@ TARGET static void multiply_pieces(const void *task, int64_t first, int64_t last
                 for (row = 0; row < p->rows; row++) multiply_tile(p, column + c, row, 1, 1);
             continue;
         }
-        for (; row + ROWS <= p->rows; row += ROWS)
-            for (int c = 0; c < COLUMNS; c += HALF) multiply_tile(p, column + c, row, HALF, ROWS);
-        for (; row < p->rows; row++) multiply_tile(p, column, row, COLUMNS, 1);
+        for (; row + ROWS <= p->rows; row += ROWS) multiply_piece(p, column, row, HALF, ROWS);
+        switch (p->rows - row) { // the number of rows is a constant of each, so that sums stay in registers
+            case 3: multiply_piece(p, column, row, HALF, 3); break;
+            case 2: multiply_piece(p, column, row, COLUMNS, 2); break;
+            case 1: multiply_piece(p, column, row, COLUMNS, 1); break;
+        }
     }
 }
 

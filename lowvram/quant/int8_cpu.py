@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import BackendError
 from .compiled import CSource, Run
 from .int8 import BYTES_PER_WORD, SlicesBackend, pack_int8, unpack_int8
+from .trial import largest_error
 
 SOURCE = CSource("int8.c", "int8-cpu", "AVX2, FMA or F16C instructions")
 
@@ -86,9 +87,7 @@ def self_test(multiply: Multiply) -> float:
     stored = pack_int8(torch.randn(out_features, in_features, generator=generator), group_size)
     rows = torch.randn(ROWS + 1, in_features, generator=generator)
     exact = rows @ unpack_int8(*stored, group_size, torch.float32).t()
-    products = [multiply(rows[:n], *stored, group_size) for n in (1, 2, len(rows))]
-    errors = torch.stack([(y - exact[: len(y)]).norm() / exact[: len(y)].norm() for y in products])
-    return float(errors.max())  # NaN, if any is
+    return largest_error((multiply(rows[:n], *stored, group_size) for n in (1, 2, 3, len(rows))), exact)
 
 
 class _Product(ctypes.Structure):

@@ -16,6 +16,7 @@ from .cuda import SLICE_WEIGHTS
 from .int8 import BYTES_PER_WORD, SlicesBackend, pack_int8, unpack_int8
 from .nvrtc import ROWS_PER_BLOCK, SUFFIX, Launch, Source, addresses, aligned_rows, blocks, load_kernels, obstacle_on
 from .reference import Workspace
+from .trial import largest_error
 
 SOURCE = Source("int8.cu")
 
@@ -98,6 +99,5 @@ def self_test(backend: Int8CudaBackend, device: torch.device, dtype: torch.dtype
     x = torch.randn(FEW_ROWS + 1, in_features, generator=generator).to(dtype)
     exact = x.float() @ unpack_int8(*stored, group_size, torch.float32).t()
     packed, scales = (tensor.to(device) for tensor in stored)
-    products = [backend.matmul(x[:rows].to(device), packed, scales, group_size).cpu() for rows in (1, FEW_ROWS, len(x))]
-    errors = torch.stack([(y - exact[: len(y)]).norm() / exact[: len(y)].norm() for y in products])
-    return float(errors.max())  # NaN, if any is
+    rows = (1, FEW_ROWS, len(x))
+    return largest_error((backend.matmul(x[:n].to(device), packed, scales, group_size).cpu() for n in rows), exact)

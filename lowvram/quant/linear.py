@@ -18,13 +18,14 @@ Specs = Mapping[str, TensorSpec]
 
 
 class PackedLinear(nn.Module):
-    """x [..., in_features] -> [..., out_features], with an optional bias.
+    """x [..., in_features] -> [..., out_features], multiplied by `backend`, with an optional bias.
 
     A skeleton: its parameters (those of `layout`, and `bias` in `dtype`) lie on `meta`, require no gradient, and wait
     to be replaced by tensors on the device. `stored` is what the checkpoint holds in their place, by leaf name;
     `keeps_stored_layout` says that all of `layout` is among it.
     """
 
+    backend: Backend | Int8Backend
     bias: nn.Parameter | None
 
     def __init__(
@@ -34,6 +35,7 @@ class PackedLinear(nn.Module):
         *,
         bias: bool,
         group_size: int,
+        backend: Backend | Int8Backend,
         dtype: torch.dtype,
         stored: Specs,
         layout: Specs,
@@ -42,6 +44,7 @@ class PackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = group_size
+        self.backend = backend
         self.stored = stored
         self.packed_names = tuple(layout)
         self.keeps_stored_layout = layout.items() <= stored.items()
@@ -54,12 +57,25 @@ class PackedLinear(nn.Module):
         there, where `keeps_stored_layout`: what is stored is read into place."""
         raise NotImplementedError
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [..., in_features] times the weight, without the bias: a new tensor."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.multiply(x)
+        return product if self.bias is None else product.add_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}, backend={self.backend.name}"
+
 
 class AWQLinear(PackedLinear):
     """A linear of 4 bits, multiplied by `backend`.
 
     Raises UnsupportedQuantError for sizes that the packing cannot store.
     """
+
+    backend: Backend
 
     def __init__(
         self,
@@ -77,11 +93,11 @@ class AWQLinear(PackedLinear):
             out_features,
             bias=bias,
             group_size=group_size,
+            backend=backend,
             dtype=dtype,
             stored=FORMATS[packing].layout(in_features, out_features, group_size),
             layout=backend.layout(in_features, out_features, group_size, dtype),
         )
-        self.backend = backend
         self.packing = packing
 
     def pack(self, *stored: Tensor, out: Mapping[str, Tensor]) -> None:
@@ -91,13 +107,9 @@ class AWQLinear(PackedLinear):
         """
         self.backend.pack(*FORMATS[self.packing].to_awq(*stored, group_size=self.group_size), self.group_size, out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         weights = {name: getattr(self, name) for name in self.packed_names}
-        product = self.backend.matmul(x, weights, self.group_size)
-        return product if self.bias is None else product.add_(self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}, backend={self.backend.name}"
+        return self.backend.matmul(x, weights, self.group_size)
 
 
 class Int8Linear(PackedLinear):
@@ -106,6 +118,7 @@ class Int8Linear(PackedLinear):
     Raises UnsupportedQuantError for sizes that cannot be stored so.
     """
 
+    backend: Int8Backend
     weight_packed: Tensor
     weight_scale: Tensor
 
@@ -125,18 +138,14 @@ class Int8Linear(PackedLinear):
             out_features,
             bias=bias,
             group_size=group_size,
+            backend=backend,
             dtype=dtype,
             stored=stored,
             layout={leaf: stored[leaf] for leaf in ("weight_packed", "weight_scale")},
         )
-        self.backend = backend
 
-    def forward(self, x: Tensor) -> Tensor:
-        product = self.backend.matmul(x, self.weight_packed, self.weight_scale, self.group_size)
-        return product if self.bias is None else product.add_(self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}, backend={self.backend.name}"
+    def multiply(self, x: Tensor) -> Tensor:
+        return self.backend.matmul(x, self.weight_packed, self.weight_scale, self.group_size)
 
 
 def _skeleton(spec: TensorSpec) -> nn.Parameter:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .compiled import CSource, Run
 from .packing import MAX_NIBBLE
+from .trial import largest_error
 
 Multiply = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """rows [M, K] bfloat16, bytes [N, K/2], (scale, zero) pairs [K/G, N, 2] bfloat16, G -> [M, N] bfloat16: all contiguous,
@@ -48,9 +49,7 @@ def self_test(multiply: Multiply) -> float:
     pairs = torch.randn(inputs // group_size, columns, 2, generator=generator).bfloat16()
     rows = torch.randn(7, inputs, generator=generator).bfloat16()
     exact = rows.double() @ _unpacked(packed, pairs, group_size)
-    products = [multiply(rows[:n], packed, pairs, group_size).double() for n in (1, 2, 4, 7)]
-    errors = torch.stack([(y - exact[: len(y)]).norm() / exact[: len(y)].norm() for y in products])
-    return float(errors.max())  # NaN, if any is
+    return largest_error((multiply(rows[:n], packed, pairs, group_size) for n in (1, 2, 4, 7)), exact)
 
 
 def in_blocks(packed: Tensor) -> Tensor:
@@ -69,6 +68,7 @@ class _Product(ctypes.Structure):
 
 def _multiply(run: Run, rows: Tensor, packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:
     """See `Multiply`."""
+    assert rows.dtype == torch.bfloat16
     n_rows, inputs = rows.shape
     columns = len(packed)
     group_sums = rows.unflatten(1, (-1, group_size)).sum(-1, dtype=torch.float32)

@@ -7,6 +7,7 @@ no C++ compiler and no toolkit are needed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -14,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from .trial import BROKEN, complaint
 
 FLOATS = "floats.cu"
 """What every source begins with."""
@@ -26,9 +29,6 @@ ROWS_PER_BLOCK = (1, 4)
 
 ALIGNMENT_BYTES = 16
 """Kernels read eight inputs at once."""
-
-SELF_TEST_TOLERANCE = 0.01
-"""Three times the error that bfloat16 explains, and far below what misread weights make."""
 
 
 class Launch(Protocol):
@@ -57,19 +57,25 @@ class Source:
         """All of it that a compiler needs."""
         return "".join(files(__package__).joinpath(name).read_text(encoding="utf-8") for name in (FLOATS, self.name))
 
-    def compile(self, arch: str) -> Any:
+    def compile(self, arch: str, *, anew: bool = False) -> Any:
         """cuda.core's ObjectCode for `arch` (such as sm_86), which need not be this machine's.
 
         Kept in cuda.core's cache below XDG_CACHE_HOME, LOCALAPPDATA or ~/.cache under a key of source, options and
-        NVRTC's version; where that cannot be written to, compiled anew each time (one to two seconds on a CPU).
+        NVRTC's version; where that cannot be written to, compiled each time (one to two seconds on a CPU). `anew` does
+        not trust what is kept, and replaces it.
         """
         from cuda.core import Program, ProgramOptions
-        from cuda.core.utils import FileStreamProgramCache
+        from cuda.core.utils import FileStreamProgramCache, make_program_cache_key
 
-        program = Program(self.text, "c++", ProgramOptions(name=self.name, arch=arch, std="c++17"))
+        text, options = self.text, ProgramOptions(name=self.name, arch=arch, std="c++17")
+        program = Program(text, "c++", options)
         try:
-            return program.compile("cubin", cache=FileStreamProgramCache())
-        except OSError:
+            kept = FileStreamProgramCache()
+            if anew:
+                with suppress(KeyError):
+                    del kept[make_program_cache_key(code=text, code_type="c++", options=options, target_type="cubin")]
+            return program.compile("cubin", cache=kept)
+        except (OSError, RuntimeError):  # the latter where the user has no home folder
             return program.compile("cubin")
 
 
@@ -80,13 +86,16 @@ def load_kernels(source: Source, device: torch.device) -> Launch:
     Raises ImportError without cuda.core, and what cuda.core raises when the card or its driver is too old or too new.
     """
     from cuda.core import Device, LaunchConfig, launch
+    from cuda.core._utils.cuda_utils import CUDAError  # what cuda.core raises has no public name
 
     card = Device(device.index)
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
         card.set_current()
-        code = source.compile(f"sm_{major}{minor}")
-        kernels = {name: code.get_kernel(name) for name in source.kernels}
+        try:
+            kernels = _kernels(source, source.compile(f"sm_{major}{minor}"))
+        except CUDAError:  # the driver cannot read it: what is kept may be damaged
+            kernels = _kernels(source, source.compile(f"sm_{major}{minor}", anew=True))
 
     def start(kernel: str, grid: tuple[int, int], threads: int, *arguments: int) -> None:
         with torch.cuda.device(device):
@@ -94,6 +103,10 @@ def load_kernels(source: Source, device: torch.device) -> Launch:
             launch(torch.cuda.current_stream(), LaunchConfig(grid=grid, block=threads), kernels[kernel], *arguments)
 
     return start
+
+
+def _kernels(source: Source, code: Any) -> dict[str, Any]:
+    return {name: code.get_kernel(name) for name in source.kernels}
 
 
 def obstacle_on(device: torch.device, dtype: torch.dtype, self_test: Callable[[], float]) -> str:
@@ -105,14 +118,18 @@ def obstacle_on(device: torch.device, dtype: torch.dtype, self_test: Callable[[]
     if not torch.cuda.is_available():
         return "torch finds no CUDA card"
     try:
-        from cuda.core._utils.cuda_utils import CUDAError  # what cuda.core raises has no public name
-    except ImportError as missing:
-        return f"cuda-core is missing ({missing}): pip install 'lowvram[cuda]', or 'lowvram[cuda12]' for CUDA 12"
+        from cuda.core._utils.cuda_utils import CUDAError
+    except BROKEN as missing:
+        return no_cuda_core(missing)
     try:
-        error = self_test()
-    except (CUDAError, RuntimeError) as failure:
+        return complaint("its kernel", self_test())
+    except (CUDAError, *BROKEN) as failure:
         return f"its kernel fails on this machine: {failure}"
-    return "" if error < SELF_TEST_TOLERANCE else f"its kernel is wrong on this machine, by {error:.1%}"
+
+
+def no_cuda_core(missing: BaseException) -> str:
+    """What to say where importing cuda.core raises `missing`."""
+    return f"cuda-core cannot be imported ({missing}): pip install 'lowvram[cuda]', or 'lowvram[cuda12]' for CUDA 12"
 
 
 def aligned_rows(x: Tensor, in_features: int) -> Tensor:

@@ -53,7 +53,7 @@ def read_scheme(quantization_config: Mapping[str, Any] | None) -> Scheme:
     """
     if not quantization_config:
         return ()
-    config = quantization_config
+    config = _object("quantization_config", quantization_config)
     match _method(config):
         case "awq":
             return (_read_awq(config),)
@@ -85,7 +85,7 @@ def _read_gptq(config: Mapping[str, Any]) -> AWQScheme:
         raise _refusal("by GPTQ with desc_act, which gives inputs to groups out of order")
     if word != "int32":
         raise _refusal(f"by GPTQ with pack_dtype {word!r}")
-    for pattern in config.get("dynamic") or {}:
+    for pattern in _object("dynamic", config.get("dynamic")):
         if not str(pattern).startswith("-:"):  # those are left in 16 bit, which the stored tensors say, too
             raise _refusal(f"by GPTQ with settings of their own for {pattern!r}")
     group_size = _group_size("GPTQ", config.get("bits", 4), config.get("group_size", 128))
@@ -98,14 +98,15 @@ def _read_gptq(config: Mapping[str, Any]) -> AWQScheme:
 
 def _read_compressed(config: Mapping[str, Any]) -> Scheme:
     """One group of linears, or one of each width: which linear is of which, its stored tensors tell."""
-    scheme = tuple(_read_group(config, group) for group in (config.get("config_groups") or {}).values())
+    groups = _object("config_groups", config.get("config_groups"))
+    scheme = tuple(_read_group(config, _object(name, group)) for name, group in groups.items())
     if len({type(kind) for kind in scheme}) < max(1, len(scheme)):
         raise _refusal(f"by compressed-tensors in {len(scheme)} groups of linears instead of one of each width")
     return scheme
 
 
 def _read_group(config: Mapping[str, Any], group: Mapping[str, Any]) -> AWQScheme | Int8Scheme:
-    weights = group.get("weights") or {}
+    weights = _object("weights", group.get("weights"))
     packing = group.get("format") or config.get("format")
     beside = {**config, **group}
     if packing != "pack-quantized":
@@ -144,6 +145,14 @@ def _group_size(method: str, bits: object, group_size: object, widths: tuple[int
     if type(group_size) is not int or group_size < 1:
         raise _refusal(f"by {method} with group_size {group_size!r}, which is not a positive number of inputs")
     return group_size
+
+
+def _object(key: str, value: object) -> Mapping[str, Any]:
+    """The JSON object that stands under `key`; one that is absent is empty."""
+    found = value or {}
+    if not isinstance(found, Mapping):
+        raise _refusal(f"with {key} {value!r}, which is not an object")
+    return found
 
 
 def _either(config: Mapping[str, Any], key: str, old_key: str, default: object) -> Any:

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import NIBBLES_PER_WORD
-from .triton_backend import RUN
 
 TILE_ROWS, TILE_WORDS = 16, 8
 """16 rows by 64 columns: the least that Triton's product of tiles takes, and enough programs for a card at one row."""
@@ -51,14 +50,14 @@ IS_INTERPRETED = not isinstance(_multiply, triton.JITFunction)
 """Whether Triton was told to run kernels on the CPU (TRITON_INTERPRET=1, from the start of the process)."""
 
 
-def multiply(rows: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """rows [M, K], contiguous, times the packed weight: [M, N], new. `RUN` divides `group_size`, so that a
-    run's inputs share a zero point and a scale."""
+def multiply(rows: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, run: int) -> Tensor:
+    """rows [M, K], contiguous, times the packed weight: [M, N], new. `run` inputs are taken at a time; it divides
+    `group_size`, so that they share a zero point and a scale."""
     in_features, words = qweight.shape
     out = rows.new_empty(len(rows), words * NIBBLES_PER_WORD)
     grid = (triton.cdiv(len(rows), TILE_ROWS), triton.cdiv(words, TILE_WORDS))
     # Triton's interpreter multiplies the bits of bfloat16 numbers; widening them first changes no product.
-    tile = {"run": RUN, "tile_rows": TILE_ROWS, "tile_words": TILE_WORDS, "widen": IS_INTERPRETED}
+    tile = {"run": run, "tile_rows": TILE_ROWS, "tile_words": TILE_WORDS, "widen": IS_INTERPRETED}
     sizes = (len(rows), in_features, words, group_size)
     if rows.device.type == "cpu":
         _multiply[grid](rows, qweight, qzeros, scales, out, *sizes, **tile)

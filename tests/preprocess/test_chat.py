@@ -109,7 +109,7 @@ def test_no_template_at_all_is_a_checkpoint_error(tmp_path: Path):
         chat.encode(read_messages([{"role": "user", "content": "hi"}], MediaParams()))
 
 
-@pytest.mark.parametrize("content", ["{", json.dumps({"template": ""})])
+@pytest.mark.parametrize("content", ["{", json.dumps({"template": ""}), "[]", '{"chat_template": 5}'])
 def test_a_damaged_template_file_is_named(tmp_path: Path, content: str):
     with pytest.raises(CheckpointError, match=r"chat_template\.json cannot be read"):
         chat_with_template(tmp_path, "chat_template.json", content)

@@ -395,13 +395,44 @@ def test_a_preprocessor_config_that_lacks_a_key_says_which(tmp_path: Path, key: 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("patch_size", "x"), ("merge_size", -1), ("temporal_patch_size", 0), ("hop_length", None), ("image_mean", [1, 2])],
+    [
+        ("patch_size", "x"),
+        ("merge_size", -1),
+        ("temporal_patch_size", 0),
+        ("min_pixels", "few"),
+        ("hop_length", None),
+        ("hop_length", 10**12),
+        ("chunk_length", 1.5),
+        ("feature_size", 10**12),
+        ("n_fft", 401),
+        ("image_mean", [1, 2]),
+        ("image_std", [1, 0, 1]),
+    ],
 )
 def test_a_preprocessor_config_that_makes_no_sense_says_where(tmp_path: Path, key: str, value: object):
     write_small_omni(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSOR_CONFIG, key: value}))
     with pytest.raises(CheckpointError, match=rf"preprocessor_config\.json makes no sense: {key} is "):
         Preprocessor(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "published"),
+    [
+        ("patch_size", 7, "patch_size of 14"),
+        ("merge_size", 4, "spatial_merge_size of 2"),
+        ("temporal_patch_size", 4, "temporal_patch_size of 2"),
+        ("feature_size", 80, "num_mel_bins of 128"),
+    ],
+)
+def test_media_are_cut_as_the_towers_take_them_or_not_at_all(tmp_path: Path, key: str, value: int, published: str):
+    write_small_omni(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSOR_CONFIG, key: value}))
+    vision = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    audio = {**CONFIG["thinker_config"]["audio_config"], "num_mel_bins": 128}
+    thinker = {**CONFIG["thinker_config"], "vision_config": vision, "audio_config": audio}
+    with pytest.raises(CheckpointError, match=rf"has a {key} of {value}, but config\.json a {published} \(take both"):
+        Preprocessor(tmp_path, {"thinker_config": thinker})
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"])

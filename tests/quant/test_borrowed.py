@@ -20,7 +20,8 @@ from lowvram.quant.autoawq_backend import AutoAWQBackend
 from lowvram.quant.borrowed import BorrowedBackend, undoing_side_effects
 from lowvram.quant.matmul import BORROWED, choose_backend
 from lowvram.quant.reference import ReferenceBackend
-from lowvram.quant.triton_backend import FEW_ROWS, SELF_TEST_TOLERANCE, self_test
+from lowvram.quant.trial import TOLERANCE as TRIAL_TOLERANCE
+from lowvram.quant.triton_backend import FEW_ROWS, self_test
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 TOLERANCE = {torch.float16: 3.5e-4, torch.bfloat16: 3e-3}
@@ -85,7 +86,7 @@ def test_inputs_of_any_shape_and_stride_give_the_rows_products(backend: type[Bor
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("backend", BORROWED)
 def test_the_self_test_passes_a_right_kernel(backend: type[BorrowedBackend]):
-    assert self_test(backend().matmul, CPU, torch.float16) < SELF_TEST_TOLERANCE
+    assert self_test(backend().matmul, CPU, torch.float16) < TRIAL_TOLERANCE
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -100,7 +101,7 @@ def test_the_self_test_notices_a_misread_tensor(
         return right(self, rows, *(t.roll(1, 0) if i == place else t for i, t in enumerate(stored)))
 
     monkeypatch.setattr(backend, "multiply", slips)
-    assert self_test(backend().matmul, CPU, torch.float16) > SELF_TEST_TOLERANCE
+    assert self_test(backend().matmul, CPU, torch.float16) > TRIAL_TOLERANCE
 
 
 @pytest.mark.parametrize(("group_size", "rows"), [(48, 2), (32, FEW_ROWS + 1), (32, 0)])

@@ -29,9 +29,11 @@ SLIPS = {
     "the neighbour's scale": ("p->scales[(column + c)", "p->scales[column"),
     "a row's inputs": ("x + r * inputs", "x"),
     "a sum that nobody counts": ("(v[6] + v[7])", "v[6]"),
-    "the second half of the columns": ("c < COLUMNS; c += HALF", "c < HALF; c += HALF"),
+    "the second half of the columns": ("c < COLUMNS; c += columns", "c < columns; c += columns"),
     "columns that fill no piece": ("c < there", "c < there - 1"),
-    "the rows after the last four": ("for (; row < p->rows; row++)", "for (; row < p->rows - 1; row++)"),
+    "one row after the last four": ("row, COLUMNS, 1); break", "row, COLUMNS, 0); break"),
+    "the second of two rows": ("row, COLUMNS, 2)", "row, COLUMNS, 1)"),
+    "the third of three rows": ("row, HALF, 3)", "row, HALF, 2)"),
 }
 NOT_FOR_THIS_MACHINE = re.compile("no C compiler here|no AVX2, FMA or F16C|OpenMP threads cannot be reached")
 """Refusals that say nothing against the kernel. That it does not compile, or is wrong, is a failure."""
@@ -57,7 +59,7 @@ def test_products_are_as_close_to_exact_as_the_dtype_allows(
     backend: Int8CpuBackend, shape: tuple[int, int, int], dtype: torch.dtype
 ):
     stored = random_stored(*shape)
-    for rows in (0, 1, 2, 4, 5, FEW_ROWS, FEW_ROWS + 1):
+    for rows in (0, 1, 2, 3, 4, 5, FEW_ROWS, FEW_ROWS + 1):
         x = random_input(rows, shape[0], dtype)
         exact = x.double() @ weight_by_hand(*stored, shape[2]).t()
         product = backend.matmul(x, *stored, shape[2])
@@ -73,8 +75,8 @@ def test_a_row_has_the_same_bits_whatever_comes_with_it_and_on_any_number_of_thr
     try:
         for threads in (1, 2, 3, 16):
             torch.set_num_threads(threads)
-            assert torch.equal(backend.matmul(x, *stored, 32), together)
-            assert torch.equal(torch.cat([backend.matmul(row, *stored, 32) for row in x.split(1)]), together)
+            for n in range(1, 8):
+                assert torch.equal(torch.cat([backend.matmul(rows, *stored, 32) for rows in x.split(n)]), together)
     finally:
         torch.set_num_threads(before)
 

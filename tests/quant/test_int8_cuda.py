@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowvram.quant import int8_cuda
 from lowvram.quant.int8_cuda import FEW_ROWS, SOURCE, Int8CudaBackend, self_test
-from lowvram.quant.nvrtc import SELF_TEST_TOLERANCE
+from lowvram.quant.trial import TOLERANCE as TRIAL_TOLERANCE
 
 TOLERANCE = {torch.float16: 3.5e-4, torch.bfloat16: 3e-3}
 SHAPES = [  # inputs, outputs, group size
@@ -128,12 +128,12 @@ def test_a_slip_in_the_kernel_is_seen_by_its_self_test(tmp_path: Path, right: st
     assert right in SOURCE.text
     source = SOURCE.text.replace(right, wrong).replace("KERNELS(bfloat16, BFloat16)", "")  # half the time to compile
     slipped = on_cpu(compile_for_cpu(tmp_path, source))
-    assert not self_test(slipped, torch.device("cpu"), torch.float16) <= SELF_TEST_TOLERANCE
+    assert not self_test(slipped, torch.device("cpu"), torch.float16) <= TRIAL_TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_kernel_without_slips_passes_its_self_test(launch: CpuLaunch, dtype: torch.dtype):
-    assert self_test(on_cpu(launch), torch.device("cpu"), dtype) < SELF_TEST_TOLERANCE / 3
+    assert self_test(on_cpu(launch), torch.device("cpu"), dtype) < TRIAL_TOLERANCE / 3
 
 
 # ---- the backend around it

@@ -85,6 +85,15 @@ def test_inputs_of_any_shape_and_stride_give_the_rows_products(name: str, group_
     assert backend.matmul(rows[:0].view(2, 0, 96), weights, group_size).shape == (2, 0, 64)
 
 
+@pytest.mark.parametrize("name", ["reference", "int4-cpu"])
+@pytest.mark.parametrize("shape", [(2, 128), (2, 32), (1, 65), (3, 4, 16)])
+def test_an_input_of_another_size_is_refused(name: str, shape: tuple[int, ...]):
+    backend = choose_backend(CPU, torch.bfloat16, name)
+    weights = packed(backend, random_stored(64, 64, 32), 32)
+    with pytest.raises(RuntimeError, match=r"shape .* is invalid for input of size"):
+        backend.matmul(random_input(*shape, dtype=torch.bfloat16), weights, 32)
+
+
 @pytest.mark.parametrize(("name", "dtype"), SERVED)
 def test_an_input_is_left_as_it_was_and_a_product_is_the_caller_s(name: str, dtype: torch.dtype):
     backend = choose_backend(CPU, dtype, name)

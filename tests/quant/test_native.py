@@ -153,7 +153,7 @@ def test_a_processor_without_the_instructions_is_refused(monkeypatch: pytest.Mon
         native.load_kernel(tmp_path)
 
 
-def test_without_torch_s_threads_it_is_refused(
+def test_without_torch_s_threads_it_is_refused_and_not_compiled(
     multiply: Multiply, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
 ):
     (tmp_path / "maps").write_text("7f00-7f01 r-xp 00000000 00:00 0 /usr/lib/libc.so.6\n")
@@ -161,7 +161,8 @@ def test_without_torch_s_threads_it_is_refused(
     compiled._torch_team.cache_clear()
     request.addfinalizer(compiled._torch_team.cache_clear)
     with pytest.raises(BackendError, match="torch's OpenMP threads cannot be reached"):
-        native.load_kernel()
+        native.load_kernel(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

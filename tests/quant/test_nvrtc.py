@@ -5,6 +5,7 @@ import sys
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from lowvram.quant import cuda, int8_cuda
 from lowvram.quant.cuda import CudaBackend
 from lowvram.quant.int8_cuda import Int8CudaBackend
-from lowvram.quant.nvrtc import Source
+from lowvram.quant.nvrtc import Source, load_kernels
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 CARD = torch.device("cuda")
@@ -56,10 +57,44 @@ def test_compiled_kernels_are_kept_for_the_next_process(
 
 
 @needs_nvrtc
+def test_what_is_kept_can_be_replaced_where_it_turns_out_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    code = cuda.SOURCE.compile("sm_86").code
+    (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    kept.write_bytes(code[:1000])
+    assert cuda.SOURCE.compile("sm_86").code == code[:1000]  # taken as it is: that it is damaged, a driver finds out
+    assert cuda.SOURCE.compile("sm_86", anew=True).code == kept.read_bytes() == code
+
+
+@needs_nvrtc
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card, whose driver refuses it")
+@both_sources
+def test_what_the_driver_cannot_read_is_compiled_again(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    major, minor = torch.cuda.get_device_capability()
+    source.compile(f"sm_{major}{minor}")
+    (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    kept.write_bytes(b"damaged")
+    load_kernels.cache_clear()
+    load_kernels(source, torch.device("cuda", torch.cuda.current_device()))
+    assert len(kept.read_bytes()) > 10_000
+
+
+@needs_nvrtc
 def test_a_cache_that_cannot_be_written_to_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "file"))
+    assert len(cuda.SOURCE.compile("sm_86").code) > 10_000
+
+
+@needs_nvrtc
+def test_a_user_without_a_home_folder_has_no_cache(monkeypatch: pytest.MonkeyPatch):
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA", "HOME", "USERPROFILE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it does for a user whom the system does not know
     assert len(cuda.SOURCE.compile("sm_86").code) > 10_000
 
 
@@ -87,6 +122,28 @@ def test_without_cuda_core_it_says_what_to_install(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "cuda.core._utils.cuda_utils", None)
     assert "pip install 'lowvram[cuda]'" in backend.obstacle(CARD, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "reason"),
+    [
+        ("cuda.py", "", "'cuda' is not a package"),  # a script of the user's, in the folder where Python starts
+        ("cuda/core/__init__.py", "raise OSError('nvrtc64.dll is missing')", "nvrtc64.dll is missing"),
+        ("cuda/core/__init__.py", "raise RuntimeError('CUDA 11 is too old')", "CUDA 11 is too old"),
+    ],
+)
+def test_a_cuda_core_that_is_there_and_broken_is_not_used(
+    module: str, source: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / module).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / module).write_text(source)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.syspath_prepend(tmp_path)
+    with patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "cuda"]:
+            del sys.modules[name]
+        obstacle = CudaBackend.obstacle(CARD, torch.float16)
+    assert obstacle.startswith("cuda-core cannot be imported (") and reason in obstacle
 
 
 @needs_nvrtc

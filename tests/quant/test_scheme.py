@@ -126,6 +126,11 @@ def test_eight_bits_are_read_alone_and_beside_four():
         (PUBLISHED | {"group_size": -1}, "group_size -1"),
         (PUBLISHED | {"group_size": None}, "group_size None"),
         (PUBLISHED | {"zero_point": False}, "zero_point False"),
+        (["awq"], r"with quantization_config \['awq'\], which is not an object"),
+        (GPTQ | {"dynamic": 5}, "with dynamic 5, which is not an object"),
+        (compressed(config_groups=[W4]), r"with config_groups \[{"),
+        (compressed(config_groups={"a": "W4A16"}), "with a 'W4A16', which is not an object"),
+        (compressed(config_groups={"a": {"weights": "int4"}}), "with weights 'int4', which is not an object"),
     ],
 )
 def test_anything_else_is_refused_by_its_name_with_what_is_readable(config: dict[str, Any], named: str):

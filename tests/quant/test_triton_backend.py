@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from lowvram.errors import BackendError
 from lowvram.quant import triton_backend
 from lowvram.quant.matmul import choose_backend
 from lowvram.quant.reference import ReferenceBackend
-from lowvram.quant.triton_backend import FEW_ROWS, SELF_TEST_TOLERANCE, TritonBackend
+from lowvram.quant.trial import TOLERANCE as TRIAL_TOLERANCE
+from lowvram.quant.triton_backend import FEW_ROWS, TritonBackend
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3.5e-4, torch.bfloat16: 8e-3}
@@ -85,12 +88,12 @@ def test_the_backend_serves_where_its_kernel_is_right(kernel: ModuleType):
 def test_the_self_test_notices_a_misread_tensor(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch, leaf: str):
     right = kernel.multiply
 
-    def slips(rows: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    def slips(rows: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, run: int) -> Tensor:
         stored = {"qweight": qweight, "qzeros": qzeros, "scales": scales}
-        return right(rows, *(stored | {leaf: stored[leaf].roll(1, 0)}).values(), group_size)
+        return right(rows, *(stored | {leaf: stored[leaf].roll(1, 0)}).values(), group_size, run)
 
     monkeypatch.setattr(kernel, "multiply", slips)
-    assert triton_backend.self_test(TritonBackend().matmul, CPU, torch.float32) > SELF_TEST_TOLERANCE
+    assert triton_backend.self_test(TritonBackend().matmul, CPU, torch.float32) > TRIAL_TOLERANCE
     assert "is wrong on this machine" in TritonBackend.obstacle(CPU, torch.float32)
 
 
@@ -100,7 +103,7 @@ def test_the_self_test_notices_what_is_no_number_in_either_product(wrong_rows: i
         product = ReferenceBackend().matmul(x, weights, group_size)
         return product.fill_(torch.nan) if len(x) == wrong_rows else product
 
-    assert not triton_backend.self_test(slips, CPU, torch.float32) < SELF_TEST_TOLERANCE
+    assert not triton_backend.self_test(slips, CPU, torch.float32) < TRIAL_TOLERANCE
 
 
 def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
@@ -108,6 +111,17 @@ def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "triton.errors", None)
     with pytest.raises(BackendError, match=r"kernel triton cannot be used: triton cannot be imported .*pip install"):
         choose_backend(torch.device("cuda", 0), torch.float16, "triton")
+
+
+def test_a_triton_that_is_there_and_broken_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('libtriton.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+            del sys.modules[name]
+        obstacle = TritonBackend.obstacle(torch.device("cuda", 0), torch.float16)
+    assert obstacle.startswith("triton cannot be imported (libtriton.so: cannot open shared object file)")
 
 
 def test_a_cpu_is_not_a_card(monkeypatch: pytest.MonkeyPatch):
