@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
@@ -28,6 +29,9 @@ T = TypeVar("T")
 Replan = Callable[[Budget, frozenset[str], tuple[str, ...]], Plan]
 """A plan within a budget for what is left of a turn: without the stages that are over, and with room for what those
 remember that have begun."""
+
+Terms = Callable[[int, int], AbstractContextManager[object]]
+"""What a process lends while steps are computed: of (bytes that this turn holds, bytes of its budget)."""
 
 CPU = torch.device("cpu")
 
@@ -128,6 +132,8 @@ class Room:
         self._caches: dict[str, KVCache] = {}
         self._captures: list[Callable[[], None]] = []
         self._is_loading = self._was_away = False
+        self._terms: Terms | None = None
+        self._lent = ExitStack()
 
     def phases(self) -> Iterator[Phase]:
         """Go through the plan's phases, or through those of whatever plan replaces it on the way, until all stages are
@@ -213,19 +219,36 @@ class Room:
 
         return self._with_relief(when_ready, undo)
 
+    @contextmanager
+    def computing(self, terms: Terms) -> Iterator[None]:
+        """Inside, `terms` hold: for the budget in force, whenever another one comes into force for that, and not while
+        the turn waits for the device."""
+        self._terms = terms
+        with self._lent:
+            self._borrow()
+            try:
+                yield
+            finally:
+                self._terms = None
+
+    def _borrow(self) -> None:
+        """Take what is lent, if anything is, for the budget of now."""
+        self._lent.close()
+        if self._terms and self._budget.vram_bytes is not None:
+            held_bytes = self._residency.live_bytes + self.kv_bytes
+            self._lent.enter_context(self._terms(held_bytes, self._budget.vram_bytes))
+
     def adapt(self) -> None:
-        """Do now what can be done without waiting; for a thread that has stopped the turn between two steps."""
+        """Let go now of what is to go, for a thread that has stopped the turn between two steps.
 
-        def begin_to_move() -> None:
-            self._settle()
-            next(self._loading, None)  # what must go goes before the first block comes
-
+        What is to come does so with the next one: who asks for room waits for no file.
+        """
         with self._here():
             if self._control.released:
                 self._step_aside()
                 self._heed_budget()
             else:
-                self._with_relief(begin_to_move)
+                self._with_relief(self._settle)
 
     def leave(self) -> None:
         """The turn is over: only residents stay, or nothing if the device was asked back."""
@@ -242,9 +265,11 @@ class Room:
             raise Cancelled
         while self._control.released:
             self._step_aside()
+            self._lent.close()
             self._control.wait_while_released()
             if self._control.cancelled:
                 raise Cancelled
+            self._borrow()
         self._settle(stage)
 
     def _settle(self, stage: str | None = None) -> None:
@@ -262,6 +287,7 @@ class Room:
             return
         self._budget = budget
         self._go_on_within(budget)
+        self._borrow()
 
     def _step_aside(self) -> None:
         """Leave the device: weights are dropped, caches wait on the host, small states stay."""

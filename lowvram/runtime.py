@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,7 @@ class OmniRuntime:
         self._footprint = footprint
         self._answering = threading.Lock()
         self._stepping = threading.Lock()
+        self._naming = threading.Lock()
         self._control = Control(budget)
         self._turn: Turn | None = None
         self._released = False
@@ -219,13 +220,14 @@ class OmniRuntime:
         InfeasibleBudgetError, and changes nothing, when what is left of it cannot run in so little.
         """
         self._require_open()
-        budget = _granted(replace(Budget.of(vram), ram_bytes=self.budget.ram_bytes), self.device)
-        turn = self._turn
-        if turn is not None:
-            turn.room.accept(budget)
-        else:
-            self._control.set_budget(budget)
-        self.budget = budget
+        with self._naming:
+            budget = _granted(replace(Budget.of(vram), ram_bytes=self.budget.ram_bytes), self.device)
+            turn = self._turn
+            if turn is not None:
+                turn.room.accept(budget)
+            else:
+                self._control.set_budget(budget)
+            self.budget = budget
         self._adapt()
 
     def release(self) -> None:
@@ -278,6 +280,8 @@ class OmniRuntime:
         self._require_idle()
         self._require_present()
         self._control = Control(self.budget)  # each turn its own, so that cancelling before its first event counts
+        if self._released:  # by another thread, just now
+            self._control.release()
         return self._generate(messages, sampling, speech, voice, media, reply)
 
     def _generate(
@@ -321,11 +325,14 @@ class OmniRuntime:
         if turn.control.released:  # perhaps inside the last step, which has not heeded it
             self._adapt()
             turn.control.wait_while_released()  # here, so that whoever has the device meanwhile meets no cap of ours
-        assert self.budget.vram_bytes is not None, "what is granted is a number"
-        with self._stepping, exact_convolutions(self.device.torch):
-            held_bytes = self._machine.residency.live_bytes + turn.room.kv_bytes
-            with MemoryCap(self.device.torch, held_bytes).at(self.budget.vram_bytes):
-                return next(events, None)
+        with self._stepping, turn.room.computing(self._lend):
+            return next(events, None)
+
+    @contextmanager
+    def _lend(self, held_bytes: int, budget_bytes: int) -> Iterator[None]:
+        """What is the whole process's, and a turn's while it computes."""
+        with exact_convolutions(self.device.torch), MemoryCap(self.device.torch, held_bytes).at(budget_bytes):
+            yield
 
     def _adapt(self) -> None:
         """Let a change take effect now, unless a step is being computed: then its turn heeds it afterwards."""

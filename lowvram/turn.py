@@ -23,7 +23,7 @@ import torch
 
 from .detokenize import TextStream
 from .encoders import AudioTower, VisionTower, embed_prompt, encode_audios, encode_visuals
-from .errors import BudgetExceededError
+from .errors import BudgetExceededError, LowVRAMError
 from .events import AudioChunk, Event, Finished, FinishReason, Progress, TextDelta
 from .flow import Attempt, ModelInputs, ThinkerStep
 from .graphs import CapturedSteps, Stepping, one_by_one, open_recorder
@@ -134,25 +134,35 @@ class Turn:
         if self.request.voice:
             self.machine.speak_in(getattr(torch, self.request.speech.dtype))
         try:
-            for phase in self.room.phases():
-                plan = self.room.plan
-                with self.machine.meter.phase(phase.name):
-                    for part in (self._onload, self._condition, self._encode, self._answer):
-                        yield from self._watched(part())
-                if self.room.plan is plan:
-                    self._compare_with(plan, phase)
+            yield from self._phases()
         except Cancelled:
             self._streams.clear()  # first: text that was held back may be shown
             yield from self._take_outbox()
-        except BudgetExceededError as error:
-            error.profile = self._profile()
-            self.machine.residency.release()  # residents, too: whoever has the device now needs it
-            raise
+        except LowVRAMError as error:
+            if isinstance(error, BudgetExceededError):
+                error.profile = self._profile()
+                self.machine.residency.release()  # residents, too: whoever has the device now needs it
+            # Frames further down hold caches, and what the failed step computed: so would who keeps the error.
+            if error.__cause__ is not None:
+                error.__cause__.__traceback__ = None
+            raise error.with_traceback(None) from error.__cause__
         finally:
             self._streams.clear()  # they hold caches, and this turn, which holds them: else they would stay for a while
             self.room.leave()
             self.machine.conditionings.settle()
         yield self._finished()
+
+    def _phases(self) -> Iterator[Event]:
+        replanned = set[str]()
+        for phase in self.room.phases():
+            plan = self.room.plan
+            with self.machine.meter.phase(phase.name):
+                for part in (self._onload, self._condition, self._encode, self._answer):
+                    yield from self._watched(part())
+            if self.room.plan is not plan:
+                replanned.add(phase.name)  # also where it comes again: its peak is then of more than one plan
+            if phase.name not in replanned:
+                self._compare_with(plan, phase)
 
     def _watched(self, events: Iterator[Event]) -> Iterator[Event]:
         """Events, with what was held up to each noted by the meter."""
@@ -162,22 +172,16 @@ class Turn:
             yield event
 
     def _compare_with(self, plan: Plan, phase: Phase) -> None:
-        """Say so where a phase held more than was planned, and stop where that breaks the budget. What the reserve is
-        for, libraries' workspaces and rounding, is among what a card's allocator counts."""
+        """Say so where a phase held more than was planned. Among what a card's allocator counts is what the reserve is
+        for, libraries' workspaces and rounding, and what others in this process take meanwhile, an application or a
+        second runtime: the turn goes on, for its own tensors have a cap (`device.MemoryCap`)."""
         meter = self.machine.meter
-        held_bytes = meter.peaks.get(phase.name, 0)
-        planned_bytes = phase.peak_bytes + plan.workspace_bytes + plan.slack_bytes
-        if meter.kind != DEVICE_ALLOCATOR or held_bytes <= planned_bytes:
-            return
-        log.warning('phase "%s" held %s more than planned', phase.name, format_bytes(held_bytes - planned_bytes))
-        if plan.budget_bytes is not None and held_bytes > plan.budget_bytes:
-            raise BudgetExceededError(
-                f'phase "{phase.name}" held {format_bytes(held_bytes)}, but the budget is'
-                f" {format_bytes(plan.budget_bytes)}",
-                phase=phase.name,
-                needed_bytes=held_bytes,
-                available_bytes=plan.budget_bytes,
-                hint="the plan was wrong: please report it with this profile, and name a smaller budget for now",
+        more_bytes = meter.peaks.get(phase.name, 0) - phase.peak_bytes - plan.workspace_bytes - plan.slack_bytes
+        if meter.kind == DEVICE_ALLOCATOR and more_bytes > 0:
+            log.warning(
+                'phase "%s" held %s more than planned, or others in this process did',
+                phase.name,
+                format_bytes(more_bytes),
             )
 
     def _profile(self) -> MemoryProfile:

@@ -21,9 +21,13 @@ from lowvram.device import MemoryCap
 from lowvram.errors import BudgetExceededError, InfeasibleBudgetError, LowVRAMError
 from lowvram.events import AudioChunk, Event, Finished, TextDelta
 from lowvram.kv_cache import KVCache
+from lowvram.offload.budget import GIB
+from lowvram.offload.meter import NoMeter
+from lowvram.offload.profile import DEVICE_ALLOCATOR
 from lowvram.options import SamplingParams
 from lowvram.room import Room
 from lowvram.runtime import OmniRuntime
+from lowvram.weights import WeightBlock
 
 
 def ask(omni: OmniRuntime) -> Iterator[Event]:
@@ -98,6 +102,48 @@ def test_budgets_that_come_and_go_change_nothing(omni: OmniRuntime, undisturbed:
             omni.set_budget(None)
 
     assert_same_answer(answer(ask(omni), change), undisturbed)
+
+
+class Crowded(NoMeter):
+    """Stands for the count of a card on which others in the process take 4 TiB whenever a phase runs."""
+
+    kind = DEVICE_ALLOCATOR
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.peaks[name] = 4096 * GIB
+        yield
+
+
+def test_what_others_take_meanwhile_is_told_and_ends_no_answer(omni: OmniRuntime, caplog: pytest.LogCaptureFixture):
+    expected = answer(greet(omni))
+    omni._machine = replace(omni._machine, meter=Crowded())
+    assert_same_answer(answer(greet(omni)), expected)
+    assert 'phase "think+talk+sound" held 4096' in caplog.text
+
+
+def test_a_phase_that_comes_again_is_not_measured_against_a_plan_that_came_in_between(
+    omni: OmniRuntime, caplog: pytest.LogCaptureFixture
+):
+    """Its peak is of both times, and was meant to be higher the first time."""
+    omni._machine = replace(omni._machine, meter=Crowded())
+    list(greet(omni))
+    assert '"think+talk+sound" held' in caplog.text
+    caplog.clear()
+    with at_each_step(lambda n: squeeze(omni) if n == 0 else omni.set_budget(None) if n == 2 else None):
+        list(greet(omni))
+    assert "think" not in caplog.text
+
+
+def test_who_names_a_budget_waits_for_no_file(omni: OmniRuntime, monkeypatch: pytest.MonkeyPatch):
+    events = ask(omni)
+    next(event for event in events if isinstance(event, TextDelta))
+    reads: list[str] = []
+    monkeypatch.setattr(WeightBlock, "fill", lambda block, run: reads.append(block.name))
+    squeeze(omni)
+    omni.set_budget(None)
+    assert reads == []
+    events.close()
 
 
 def test_a_smaller_budget_lets_weights_go_at_once(omni: OmniRuntime):

@@ -50,6 +50,8 @@ class Shelf:
         self.diary: list[Any] = []
         self.following: Phase | None = None
 
+    live_bytes = 7
+
     def here(self) -> Callable[[], AbstractContextManager[None]]:
         return self._inside
 
@@ -277,11 +279,13 @@ def test_a_turn_that_ends_while_released_leaves_no_resident():
     assert turn.shelf.diary == ["leave", "release"]
 
 
-def test_a_stopped_turn_adapts_at_once():
+def test_a_stopped_turn_makes_way_at_once_and_loads_with_the_next_step():
     turn = Turn()
     turn.control.set_budget(Budget(500))
     turn.room.adapt()
-    assert turn.shelf.diary == ["inside", ("plan", 500), ("way", 500), ("enter", 500), "outside"]
+    assert turn.shelf.diary == ["inside", ("plan", 500), ("way", 500), "outside"]
+    turn.room.attempt(lambda: None)
+    assert turn.shelf.diary[4:] == [("enter", 500)]
 
 
 def test_who_has_a_cancelled_turn_adapt_does_not_hear_of_it():
@@ -290,6 +294,53 @@ def test_who_has_a_cancelled_turn_adapt_does_not_hear_of_it():
     turn.control.set_budget(Budget(500))
     turn.room.adapt()
     assert turn.room.plan.budget_bytes == 500
+
+
+class Lender:
+    """Notes what is lent, by its budget, and what is given back."""
+
+    def __init__(self) -> None:
+        self.diary: list[Any] = []
+
+    @contextmanager
+    def lend(self, held_bytes: int, budget_bytes: int) -> Iterator[None]:
+        assert held_bytes == Shelf.live_bytes
+        self.diary.append(budget_bytes)
+        yield
+        self.diary.append("back")
+
+
+def test_what_is_lent_for_a_budget_is_lent_anew_when_another_one_comes_into_force():
+    """Else a larger one that is named in the middle of a long step would be met by the old one's bound."""
+    turn, lender = Turn(), Lender()
+    with turn.room.computing(lender.lend):
+        turn.room.accept(Budget(5000))
+        assert lender.diary == [1000]
+        turn.room.attempt(lambda: lender.diary.append("step"))
+    assert lender.diary == [1000, "back", 5000, "step", "back"]
+
+
+def test_nothing_is_lent_to_a_turn_that_waits_for_the_device():
+    turn, lender = Turn(), Lender()
+
+    def resume_later() -> None:
+        lender.diary.append("waiting")
+        turn.control.resume()
+
+    with turn.room.computing(lender.lend):
+        turn.control.release()
+        threading.Timer(0.05, resume_later).start()
+        turn.room.attempt(lambda: lender.diary.append("step"))
+    assert lender.diary == [1000, "back", "waiting", 1000, "step", "back"]
+
+
+def test_who_stops_a_turn_borrows_nothing_for_it():
+    turn, lender = Turn(), Lender()
+    with turn.room.computing(lender.lend):
+        pass
+    turn.room.accept(Budget(500))
+    turn.room.adapt()
+    assert lender.diary == [1000, "back"]
 
 
 def test_a_phase_finds_the_last_ones_weights_gone():

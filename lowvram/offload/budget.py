@@ -22,7 +22,7 @@ _UNIT_BYTES = {
     **{unit: GIB for unit in ("g", "gib")},
     **{"kb": 10**3, "mb": 10**6, "gb": 10**9},
 }
-_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[a-z]*)\s*", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"\s*(?P<number>\d{1,30}(?:\.\d{1,30})?)\s*(?P<unit>[a-z]*)\s*", re.IGNORECASE | re.ASCII)
 
 
 def parse_bytes(size: str | int) -> int:

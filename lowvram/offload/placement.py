@@ -12,13 +12,16 @@ from enum import Enum
 from typing import Any
 
 from ..errors import OptionError
-from ..options import KVPrecision
+from ..options import KV_PRECISIONS, KVPrecision
 from .budget import GIB, MIB
 
 STREAM_SLOTS = 2
 """Layers of a streamed component on the device at once: one computes while the next one comes."""
 
 TABLE_COLUMNS = 120
+
+KINDS: dict[str, Any] = {"int": int, "int | None": int | None, "str": str}
+"""Of fields that JSON may have wrong, by annotation."""
 
 
 class Placement(str, Enum):
@@ -141,8 +144,10 @@ class Plan:
     def from_json(cls, fields: Mapping[str, Any]) -> Plan:
         """The plan that `to_json` wrote. Raises OptionError for anything else."""
         try:
-            fields = {name: fields[name] for name in cls.__dataclass_fields__}
+            fields = _fields_of(cls, fields)
             phases = tuple(_phase_from_json(phase) for phase in fields["phases"])
+            if not phases or fields["kv"] not in KV_PRECISIONS:
+                raise ValueError(f"{len(phases)} phases with a KV cache in {fields['kv']!r}")
             tiers = {block: HostTier(tier) for block, tier in fields["host_tiers"].items()}
             return cls(**fields | {"phases": phases, "host_tiers": tiers})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -167,9 +172,23 @@ class Plan:
 
 
 def _phase_from_json(fields: Mapping[str, Any]) -> Phase:
-    fields = {name: fields[name] for name in Phase.__dataclass_fields__}
+    fields = _fields_of(Phase, fields)
     placements = {component: Placement(placement) for component, placement in fields["placements"].items()}
+    for layers in (*fields["kept_layers"].values(), *fields["streamed_layers"].values()):
+        _require(layers, int, "a number of layers")
     return Phase(**fields | {"stages": tuple(fields["stages"]), "placements": placements})
+
+
+def _fields_of(cls: type[Plan | Phase], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a class's fields, of which numbers and words are what their annotations say."""
+    for name, known in cls.__dataclass_fields__.items():
+        _require(values[name], KINDS.get(str(known.type), object), name)
+    return {name: values[name] for name in cls.__dataclass_fields__}
+
+
+def _require(value: object, kind: Any, name: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+        raise ValueError(f"{name} is {value!r}")
 
 
 def _table(phases: tuple[Phase, ...]) -> Iterator[str]:

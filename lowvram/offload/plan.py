@@ -83,8 +83,7 @@ def plan_memory(
     room_bytes = NO_LIMIT_BYTES if budget_bytes is None else budget_bytes - task.reserve_bytes
     choice = best_choice(task.prices, task.stages, room_bytes)
     if choice is None:
-        assert budget_bytes is not None
-        raise _refusal(task, budget_bytes)
+        raise _refusal(task, budget)
     return task.plan(choice, budget_bytes, budget.ram_bytes)
 
 
@@ -207,13 +206,16 @@ def _phase(prices: Prices, choice: Choice, stages: tuple[str, ...]) -> Phase:
     )
 
 
-def _refusal(task: _Task, budget_bytes: int) -> InfeasibleBudgetError:
+def _refusal(task: _Task, budget: Budget) -> InfeasibleBudgetError:
     """Why the turn does not fit, and, unless it has begun, what could be given up."""
-    prices = task.prices
+    prices, budget_bytes = task.prices, task.device_budget_bytes(budget)
+    assert budget_bytes is not None, "without a limit everything fits"
     binding = max(task.leanest_phases, key=lambda phase: phase.peak_bytes)
 
     def needed_bytes(turn: Turn) -> int:
         return smallest_budget_bytes(prices.footprint, prices.limits, turn, device=task.device)
 
     savings = [] if task.over or prices.begun else suggestions(prices.turn, task.smallest_budget_bytes, needed_bytes)
+    if budget.ram_bytes is not None and budget_bytes != budget.vram_bytes:  # it is what a CPU's RAM leaves
+        return refuse_ram(prices.turn, task.smallest_budget_bytes + task.host_bytes, budget.ram_bytes, savings)
     return refuse_vram(prices.turn, binding, task.reserve_bytes, budget_bytes, savings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from ..errors import InfeasibleBudgetError
@@ -40,15 +40,18 @@ def refuse_vram(
     )
 
 
-def refuse_ram(turn: Turn, needed_bytes: int, budget_bytes: int) -> InfeasibleBudgetError:
-    """The refusal of a turn that the host has no room for, whatever the device holds."""
+def refuse_ram(
+    turn: Turn, needed_bytes: int, budget_bytes: int, savings: Sequence[str] = ("a shorter prompt needs less",)
+) -> InfeasibleBudgetError:
+    """The refusal of a turn that the host has no room for: whatever the device holds, or, on a CPU, with what it has in
+    its place; `savings` then as `suggestions` words them."""
     return InfeasibleBudgetError(
         f"the host needs {mib(needed_bytes)} at the least for {turn.prompt_tokens} prompt tokens, but the RAM budget is"
         f" {format_bytes(budget_bytes)}",
         phase="host",
         needed_bytes=needed_bytes,
         available_bytes=budget_bytes,
-        hint=f"the smallest RAM budget for this turn is {mib(needed_bytes)}; a shorter prompt needs less",
+        hint="; ".join([f"the smallest RAM budget for this turn is {mib(needed_bytes)}", *savings]),
     )
 
 

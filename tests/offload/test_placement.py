@@ -52,7 +52,23 @@ def test_json_also_has_the_sums_and_each_components_whereabouts(seven_b: Footpri
 
 
 @pytest.mark.parametrize(
-    "damage", [{}, {"phases": 7}, {"phases": [{"name": "see"}]}, {"phases": [{"placements": 1}]}, {"host_tiers": 3}]
+    "damage",
+    [
+        {},
+        {"phases": 7},
+        {"phases": []},
+        {"phases": [{"name": "see"}]},
+        {"phases": [{"placements": 1}]},
+        {"host_tiers": 3},
+        {"prompt_tokens": "many"},
+        {"prompt_tokens": None},
+        {"budget_bytes": 1.5},
+        {"budget_bytes": -1},
+        {"codes": True},
+        {"device": 7},
+        {"kv": "4bit"},
+    ],
+    ids=str,
 )
 def test_json_that_is_no_plan_is_refused(seven_b: Footprint, damage: dict[str, Any]):
     fields = planned(seven_b, 8).to_json() | damage if damage else {}
@@ -64,6 +80,17 @@ def test_a_placement_that_nobody_knows_is_refused(seven_b: Footprint):
     fields = planned(seven_b, 8).to_json()
     fields["phases"][0]["placements"]["visual"] = "somewhere"
     with pytest.raises(OptionError, match="somewhere"):
+        Plan.from_json(fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("name", None), ("weights_bytes", "2 GiB"), ("kv_bytes", -1), ("kept_layers", {"thinker": "all"})],
+)
+def test_a_phase_of_numbers_and_words_that_are_none_is_refused(seven_b: Footprint, field: str, value: Any):
+    fields = planned(seven_b, 8).to_json()
+    fields["phases"][0][field] = value
+    with pytest.raises(OptionError, match="not a plan"):
         Plan.from_json(fields)
 
 

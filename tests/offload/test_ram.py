@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -142,3 +143,20 @@ def test_a_cpu_shares_its_ram_between_weights_and_the_rest(seven_b: Footprint):
 
 def test_on_a_cpu_the_smaller_of_both_budgets_counts(seven_b: Footprint):
     assert planned(seven_b, 6, 64, CHAT, device="cpu").budget_bytes == 6 * GIB
+
+
+@pytest.mark.parametrize("gib", [None, 64])
+def test_a_cpu_whose_ram_is_short_is_told_how_much_of_it_would_do(seven_b: Footprint, gib: float | None):
+    """What the host keeps for itself included: the figure can be given as a RAM budget."""
+    with pytest.raises(InfeasibleBudgetError, match=r"the RAM budget is 2\.00 GiB") as refused:
+        planned(seven_b, gib, 2, CHAT, device="cpu")
+    assert refused.value.phase == "host"
+    needed_bytes, budget = refused.value.needed_bytes, partial(Budget, None if gib is None else int(gib * GIB))
+    plan_memory(seven_b, budget(needed_bytes), Limits(), CHAT, device="cpu")
+    with pytest.raises(InfeasibleBudgetError):
+        plan_memory(seven_b, budget(needed_bytes - 1), Limits(), CHAT, device="cpu")
+
+
+def test_a_cpu_whose_vram_is_short_is_told_that(seven_b: Footprint):
+    with pytest.raises(InfeasibleBudgetError, match=r'phase "\w+" needs .*, but the budget is 1\.00 GiB'):
+        planned(seven_b, 1, 64, CHAT, device="cpu")

@@ -8,6 +8,7 @@ can. They are asked one question after another: a fault that spoiled more than i
 from __future__ import annotations
 
 import errno
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -92,6 +93,24 @@ def test_a_card_without_room_is_an_error_of_ours_whenever_it_happens(in_text: Ex
         in_text.host.set_capacity(PLENTY_BYTES)
     assert set(outcomes.values()) == {BudgetExceededError.__name__}, outcomes
     assert in_text.outcome() == RIGHT
+
+
+def test_who_keeps_the_error_keeps_nothing_on_the_card(spoken: Examined):
+    """Neither caches nor what was computed when the room was gone, and without waiting for a garbage collector."""
+    kept, left = [], []
+    gc.disable()
+    try:
+        for nth in spoken.moments(3):
+            spoken.host.card.shrink(nth, spoken.host.tables_bytes + 1000)
+            try:
+                spoken.answer()
+            except BudgetExceededError as error:
+                kept.append(error)
+            left.append(spoken.host.held_bytes)
+            spoken.host.set_capacity(PLENTY_BYTES)
+    finally:
+        gc.enable()
+    assert (len(kept), left) == (3, [0, 0, 0])
 
 
 def test_a_card_that_shrinks_to_the_least_a_turn_needs_is_enough(in_text: Examined):
