@@ -145,7 +145,7 @@ def _quantize(dense: Tensor, format_: int) -> Any:
     source = ctypes.cast(dense.data_ptr(), POINTER(c_float))
     written = _engine().ggml_quantize_chunk(format_, source, quantized, 0, *dense.shape, None)
     assert written == n_bytes, (written, n_bytes)
-    return (ctypes.c_char * n_bytes).from_buffer(quantized)
+    return quantized
 
 
 def _context() -> int:

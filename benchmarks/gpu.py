@@ -3,12 +3,12 @@
     python benchmarks/gpu.py [--weights DIR] [--device cuda] [--only SECTION ...] [-o results/gpu.json]
 
 Only this repository and the installed packages are reached; weights of the true 7B shape (12 GB in the folder that
-TMPDIR names) are made on the spot where none are given, beside the sections that need none. `--minutes` bounds the last
-and longest section, memory, which begins no row after them and names those it left out. Where a card is lent by the
-minute, make the weights before with synthetic.py, and take some sections at a time. A speed stands beside its floor:
-the time in which the same card reads the bytes that the step reads. On a CPU (`--device cpu`) the same steps are gone
-through with the demo, so that a first run on a card is not spent on typing errors; those figures mean nothing, and what
-only a card can be tested for is collected and not run.
+TMPDIR names, which must be on a disk, not in memory) are made on the spot where none are given, beside the sections
+that need none. `--minutes` bounds the last and longest section, memory, which begins no row after them and names those
+it left out. Where a card is lent by the minute, make the weights before with synthetic.py, and take some sections at a
+time. A speed stands beside its floor: the time in which the same card reads the bytes that the step reads. On a CPU
+(`--device cpu`) the same steps are gone through with the demo, so that a first run on a card is not spent on typing
+errors; those figures mean nothing, and what only a card can be tested for is collected and not run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from harness import card_lines, make_card, write_result
 from launches import babble, draw_options
@@ -67,6 +68,9 @@ STEPS_PER_TOKEN = 2
 WARM_CODES = 8
 """Not timed: kernels are loaded and a step is captured."""
 
+TRACE_BYTES = 5 * 2**28
+"""Of a process that traces: one of 60 s in 8 GiB took 1.08 GiB at its peak, most of it libraries."""
+
 GIVE_UP_S = 400
 TOLD_CHARACTERS = 8000
 """Of what a program printed: a card may be lent once, and what failed there must be understood afterwards."""
@@ -97,6 +101,11 @@ class Bench:
         if self.making is not None and self.making.wait():
             raise RuntimeError(f"no weights: synthetic.py ended with {self.making.returncode}")
         return self.folder
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until all should be done."""
+        return max(0.0, self.until_s - time.monotonic())
 
     def open(self, vram: str | int | None = None) -> OmniRuntime:
         return OmniRuntime.open(self.weights, vram=vram, device=self.device)
@@ -134,19 +143,26 @@ def _kernels(bench: Bench, bits: int) -> dict[str, Any]:
 
 def memory(bench: Bench) -> dict[str, Any]:
     """Planned, traced and measured peaks by phase, for three lengths of clip and four budgets, the hardest first."""
-    return _python(str(HERE / "memory.py"), *memory_arguments(bench))
+    arguments = memory_arguments(bench)
+    last_row_s = bench.left_s + GIVE_UP_S if bench.on_card else GIVE_UP_S
+    return _python(str(HERE / "memory.py"), *arguments, give_up_s=last_row_s)
 
 
 def memory_arguments(bench: Bench) -> tuple[str, ...]:
     """What `memory` asks of memory.py; on a card each row is kept as it comes, should time run out."""
     if not bench.on_card:
         return ("--trace", "demo", "--seconds", "1", "--budgets", "2GiB", "--no-speech", "--json")
+    weights = str(bench.weights)  # waits until they are made: what is left of the time is known after that
     clips_and_budgets = ("--seconds", "60", "15", "30", "--budgets", "8GiB", "6GiB", "12GiB", "16GiB")
     brief = ("--max-tokens", str(SAMPLING.max_tokens), "--max-codes", str(SPEECH.sampling.max_tokens))
     kept = ("--json", "-o", str(HERE / "results" / "gpu-memory.json"))
-    left_minutes = max(0.0, bench.until_s - time.monotonic()) / 60
-    time_ = ("--minutes", f"{left_minutes:.2f}", "--jobs", str(max(1, (os.cpu_count() or 1) // 2)))
-    return ("--trace", "7b-awq", "--weights", str(bench.weights), *clips_and_budgets, *brief, *kept, *time_)
+    time_ = ("--minutes", f"{bench.left_s / 60:.2f}", "--jobs", str(_jobs()))
+    return ("--trace", "7b-awq", "--weights", weights, *clips_and_budgets, *brief, *kept, *time_)
+
+
+def _jobs() -> int:
+    """Processes that trace beside the one that measures: on half the cores, in half the memory that is free."""
+    return max(1, min((os.cpu_count() or 1) // 2, psutil.virtual_memory().available // 2 // TRACE_BYTES))
 
 
 def overhead(bench: Bench) -> dict[str, float]:
@@ -320,7 +336,9 @@ def _pytest(bench: Bench, *arguments: str, environment: Mapping[str, str] | None
     return _python("-m", "pytest", "-q", *dry, *arguments, *map(str, TESTS), environment=environment)
 
 
-def _python(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def _python(
+    *arguments: str, environment: Mapping[str, str] | None = None, give_up_s: float = GIVE_UP_S
+) -> dict[str, Any]:
     """A Python program's exit code, and what it printed: parsed if it is JSON, else its end."""
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -328,7 +346,7 @@ def _python(*arguments: str, environment: Mapping[str, str] | None = None) -> di
         capture_output=True,
         encoding="utf-8",
         errors="replace",
-        timeout=GIVE_UP_S,
+        timeout=give_up_s,
     )
     try:
         printed: Any = json.loads(done.stdout)
@@ -340,9 +358,9 @@ def _python(*arguments: str, environment: Mapping[str, str] | None = None) -> di
 _PACKAGES = {"needed": NEEDED, "optional": OPTIONAL}
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     section.__name__: section
-    for section in (missing, suite, races, kernels, int8_kernels, rates, overhead, graphs, speed, guest, memory)
+    for section in (missing, suite, races, overhead, kernels, int8_kernels, rates, graphs, speed, guest, memory)
 }
-"""Those that need no weights come first."""
+"""Those that need no weights and time nothing come first, while the weights are made."""
 
 
 @contextmanager
@@ -378,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, help="a checkpoint's folder (default: made on the spot)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--minutes", type=float, default=8.0, help="when memory begins no further row (default: 8)")
+    parser.add_argument("--minutes", type=float, default=7.0, help="when memory begins no further row (default: 7)")
     parser.add_argument("-o", "--output", type=Path, help="keep the JSON in this file")
     chosen = parser.parse_args(arguments)
     title = open_device(chosen.device).title

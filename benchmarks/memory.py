@@ -18,12 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cache
@@ -36,6 +34,7 @@ import av
 import numpy as np
 import torch
 from harness import card_lines, make_card, with_commit, write_result
+from side_by_side import side_by_side
 from transformers.utils import logging
 
 from lowvram import LowVRAMError, OmniRuntime, SamplingParams, SpeechParams
@@ -294,7 +293,7 @@ def _trace(chosen: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     asked = [Cell(*each) for each in product(chosen.seconds, chosen.budgets, chosen.kv)]
     cells = [cell for cell in asked if not any(map(cell.is_in, rows))]
     result: dict[str, Any] = {"card": card, "rows": rows}
-    with _side_by_side(tracer.row, cells, chosen.jobs) as traced:
+    with side_by_side(tracer.row, cells, chosen.jobs) as traced:
         for cell in _in_time(cells, chosen.minutes):
             measured = measure_on_card(chosen.weights, cell, sampling, speech) if chosen.weights else {}
             rows.append(_merged(next(traced), measured))
@@ -315,21 +314,10 @@ def _in_time(cells: Sequence[Cell], minutes: float | None) -> Iterator[Cell]:
     return takewhile(lambda _: time.monotonic() < until_s, cells)
 
 
-@contextmanager
-def _side_by_side(trace: Callable[[Cell], dict[str, Any]], cells: Sequence[Cell], jobs: int) -> Iterator[Iterator[Any]]:
-    """The rows of `cells` in their order, so many of them traced at a time; those not taken at the end are given up."""
-    if jobs == 1:
-        yield map(trace, cells)
-        return
-    # Not forked: CUDA does not survive it.
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield pool.imap(trace, cells)
-
-
 def _merged(row: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-    """A row with what a card said of it. Its measured columns come beside the others, unless nothing fits."""
+    """A row with what a card said of it. Its measured columns come beside the others, if there are any."""
     columns = measured.pop("card_peak_bytes", {})
-    return row | measured | ({"peak_bytes": row["peak_bytes"] | columns} if columns else {})
+    return row | measured | ({"peak_bytes": row.get("peak_bytes", {}) | columns} if columns else {})
 
 
 def _most(chosen: argparse.Namespace) -> dict[str, int]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from file_kinds import kind_of, part_of
 
@@ -27,10 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Answer what has no line yet; returns the exit code."""
     options = parse(arguments)
     output = options.output or options.folder / "answers.jsonl"
+    clips: list[Path] = []
     done = 0
     try:
         clips = clips_without_line(options.folder, output)
-        with OmniRuntime.open(options.model, vram=options.vram) as omni, output.open("a", encoding="utf-8") as lines:
+        with OmniRuntime.open(options.model, vram=options.vram) as omni, added_to(output) as lines:
             for record in answers(omni, clips, options.prompt, SamplingParams(max_tokens=options.max_tokens)):
                 print(json.dumps(record, ensure_ascii=False), file=lines, flush=True)
                 done += 1
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LowVRAMError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # of the folder or the lines: what becomes of a clip is in its line
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"stopped after {done} of {len(clips)} clips; start again to go on", file=sys.stderr)
         return 130
@@ -77,6 +81,11 @@ def clips_with_line(output: Path) -> Iterator[str]:
             raise LowVRAMError(
                 f"line {number} of {output} is not an answer: {error}", hint="delete the line, or name another file"
             ) from error
+
+
+def added_to(output: Path) -> TextIO:
+    """The file, to write more lines. A clip's name that is no UTF-8 is written so that `json.loads` gives it back."""
+    return output.open("a", encoding="utf-8", errors="surrogatepass")
 
 
 def answers(

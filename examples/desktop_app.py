@@ -146,9 +146,9 @@ class Window:
         self._root.destroy()
 
     def _poll(self) -> None:
+        self._root.after(POLL_MS, self._poll)  # first: an error below must not be the last that the window shows
         while not self._model.reports.empty():
             self._show(self._model.reports.get())
-        self._root.after(POLL_MS, self._poll)
 
     def _show(self, report: Report) -> None:
         match report:
@@ -163,7 +163,7 @@ class Window:
             case TextDelta(text=text):
                 self._write(text)
             case AudioChunk():
-                self._speech.take(report)
+                self._hear(report)
             case Finished(finish_reason=reason, audio_s=audio_s, timings=timings):
                 self.status.set(
                     f"{reason} after {timings['total']:.1f} s, {audio_s:.1f} s of speech to {self._speech.where}"
@@ -176,6 +176,13 @@ class Window:
                 self._omni = None
                 self.status.set("the model is closed")
                 self._end_answer()
+
+    def _hear(self, chunk: AudioChunk) -> None:
+        try:
+            self._speech.take(chunk)
+        except LowVRAMError as error:
+            self._speech = Speech()  # the words go on
+            self._write_error(error)
 
     def _end_answer(self) -> None:
         self._speech.end()

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import soundfile
 
-from lowvram import AudioChunk
+from lowvram import AudioChunk, LowVRAMError
 
 RATE_HZ = 24_000
 BLOCK_SAMPLES = RATE_HZ // 20
@@ -40,7 +40,7 @@ class Speech:
     where = "nowhere"
 
     def take(self, chunk: AudioChunk) -> None:
-        """What comes next; returns at once."""
+        """What comes next; returns at once. Raises LowVRAMError where it cannot be kept."""
 
     def end(self) -> None:
         """No more comes."""
@@ -76,8 +76,8 @@ class Played(Speech):
         self._hushed.set()
 
     def wait(self) -> None:
-        if self._player:
-            self._player.join()
+        while self._player and self._player.is_alive():
+            self._player.join(0.1)  # on Windows Ctrl-C cannot interrupt a longer wait
 
     def _play(self, rate_hz: int) -> None:
         with self._open_stream(rate_hz) as stream:
@@ -95,9 +95,12 @@ class Saved(Speech):
         self._file: soundfile.SoundFile | None = None
 
     def take(self, chunk: AudioChunk) -> None:
-        if self._file is None:
-            self._file = soundfile.SoundFile(self.where, "w", chunk.sample_rate_hz, channels=1)
-        self._file.write(chunk.samples)
+        try:
+            if self._file is None:
+                self._file = soundfile.SoundFile(self.where, "w", chunk.sample_rate_hz, channels=1)
+            self._file.write(chunk.samples)
+        except soundfile.SoundFileError as error:
+            raise LowVRAMError(f"{self.where} cannot be written: {error}", hint="start in another folder") from error
 
     def end(self) -> None:
         if self._file:

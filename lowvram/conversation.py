@@ -6,6 +6,7 @@ long as the conversation may come back to them.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,9 @@ from .options import Limits
 ADD, QUIT = "/add", "/quit"
 
 Part = Mapping[str, Any]
+
+NO_NAME = (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL)
+"""How a system refuses words for a name: there is none such, it is too long, or on Windows it has a question mark."""
 
 
 def read_arguments(
@@ -40,7 +44,8 @@ def _named_part(source: str, limits: Limits, stack: ExitStack) -> dict[str, Any]
     try:
         return open_part(source, limits, stack)
     except MediaError as error:
-        if isinstance(error.__cause__, FileNotFoundError) and not Path(source).suffix:
+        is_no_name = isinstance(error.__cause__, OSError) and error.__cause__.errno in NO_NAME
+        if is_no_name and not Path(source).suffix[1:].isalnum():  # "Who is Dr. No?" has a suffix, too
             error.hint += "; words to be asked go after -p"
         raise
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import __version__
 from .device import Device, choose_dtype, open_device
-from .errors import BackendError
+from .errors import BackendError, LowVRAMError
 from .offload.budget import format_bytes
 from .user_cache import user_cache
 
@@ -44,7 +44,7 @@ def examine() -> dict[str, Any]:
         "kernels_by_name": report_by_name(),
         "folders": [
             _folder_record("models", Path(HF_HUB_CACHE)),
-            _folder_record("demo", user_cache()),
+            _demo_record(),
             _folder_record("output", Path.cwd()),
         ],
     }
@@ -102,6 +102,13 @@ def _device_record(device: Device) -> dict[str, Any]:
 
 def _folder_record(what: str, path: Path) -> dict[str, Any]:
     return {"what": what, "path": str(path), "free_bytes": _free_bytes(path)}
+
+
+def _demo_record() -> dict[str, Any]:
+    try:
+        return _folder_record("demo", user_cache())
+    except LowVRAMError:  # a user without a home folder
+        return {"what": "demo", "path": "~", "free_bytes": None}
 
 
 def _free_bytes(path: Path) -> int | None:

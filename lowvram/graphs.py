@@ -77,7 +77,8 @@ class CudaRecorder:
         except RuntimeError as error:
             self._broken += not isinstance(error, torch.OutOfMemoryError)  # after which torch tidies up
             reason = str(error).splitlines()[0]
-            log.warning("a decode step cannot be captured, and is started kernel by kernel: %s", reason)
+            later = ", as all later ones are" if self._broken >= MOST_BROKEN else ""
+            log.warning("a decode step cannot be captured, and is started kernel by kernel%s: %s", later, reason)
             return step
 
         def again() -> T:
@@ -98,7 +99,7 @@ class CudaRecorder:
                 yield
         except RuntimeError:
             # Torch 2.11 and 2.12 go on as if a broken capture had no end, and give no memory back from then on.
-            with suppress(RuntimeError):  # it is over already
+            with suppress(RuntimeError, AttributeError):  # it is over already, or nothing ends it here
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             raise
 

@@ -29,7 +29,6 @@ from .quant.nvrtc import no_cuda_core
 from .quant.reference import ReferenceBackend
 from .quant.trial import BROKEN
 from .quant.triton_backend import TritonBackend
-from .user_cache import user_cache
 
 AnyBackend = Backend | Int8Backend
 
@@ -96,23 +95,33 @@ def report_by_name() -> dict[str, str]:
 
 def report_compiled(cache_folder: Path | None = None, own: OwnKernel = OWN_INT4) -> str:
     """Whether a CPU's kernel of ours is compiled: yes, not yet, or why it will not be."""
-    built = own.source.compiled_file(cache_folder or user_cache())
-    refusal = _refusal(own, built)
-    if os.path.exists(built):  # unlike Path.exists, also where nobody may look
+    refusal = _refusal(own, cache_folder)
+    if built := _built(own, cache_folder):
         return f"yes, but it does not serve: {refusal}; {own.instead} does" if refusal else f"yes, kept at {built}"
     if refusal:
         return f"no: {refusal}; {own.instead} serves"
     return f"not yet: {_compiler()} will do it when {own.model} is first opened"
 
 
-def _refusal(own: OwnKernel, built: Path) -> str:
+def _built(own: OwnKernel, cache_folder: Path | None) -> Path | None:
+    """Where it is kept, if it is compiled."""
+    try:
+        built = own.source.compiled_file(cache_folder)
+    except BackendError:
+        return None
+    return built if os.path.exists(built) else None  # unlike Path.exists, also where nobody may look
+
+
+def _refusal(own: OwnKernel, cache_folder: Path | None = None) -> str:
     """Why it does not serve, or will not; it is tried out where it is compiled."""
     if torch.backends.cpu.get_cpu_capability() not in own.processors:
         return f"it takes a processor with {own.processors[0]}"
-    if not os.path.exists(built):
-        return "" if _compiler() else f"there is no C compiler here ({', '.join(COMPILERS)})"
     try:
-        own.load(built.parent)
+        built = own.source.compiled_file(cache_folder)
+        if os.path.exists(built):
+            own.load(built.parent)
+        elif not _compiler():
+            return f"there is no C compiler here ({', '.join(COMPILERS)})"
     except BackendError as refusal:
         return refusal.reason
     return ""
@@ -137,7 +146,7 @@ def _obstacle(backend: type[AnyBackend], device: torch.device, dtype: torch.dtyp
     if backend in (CudaBackend, Int8CudaBackend) and device.type == "cuda":
         return _no_cuda_core()
     if backend is Int8CpuBackend and device.type == "cpu":
-        return _refusal(OWN_INT8, OWN_INT8.source.compiled_file(user_cache()))
+        return _refusal(OWN_INT8)
     return backend.obstacle(device, dtype)
 
 

@@ -225,8 +225,8 @@ class Room:
         the turn waits for the device."""
         self._terms = terms
         with self._lent:
-            self._borrow()
             try:
+                self._borrow()
                 yield
             finally:
                 self._terms = None

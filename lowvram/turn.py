@@ -112,6 +112,7 @@ class Turn:
     _sound_is_whole: bool = False
     _timings: dict[str, float] = field(default_factory=dict)
     _playback: Playback = field(default_factory=Playback)
+    _own_bytes: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         request = self.request
@@ -158,23 +159,38 @@ class Turn:
             plan = self.room.plan
             with self.machine.meter.phase(phase.name):
                 for part in (self._onload, self._condition, self._encode, self._answer):
-                    yield from self._watched(part())
+                    yield from self._watched(part(), phase)
             if self.room.plan is not plan:
                 replanned.add(phase.name)  # also where it comes again: its peak is then of more than one plan
             if phase.name not in replanned:
                 self._compare_with(plan, phase)
 
-    def _watched(self, events: Iterator[Event]) -> Iterator[Event]:
-        """Events, with what was held up to each noted by the meter."""
+    def _watched(self, events: Iterator[Event], phase: Phase) -> Iterator[Event]:
+        """Events, with what was held up to each noted by the meter, and by us."""
         for event in events:
             label = event.stage if isinstance(event, Progress) else "text" if isinstance(event, TextDelta) else "sound"
-            self.machine.meter.mark(label, self.machine.residency.live_bytes, self.room.kv_bytes)
+            weights_bytes, kv_bytes = self.machine.residency.live_bytes, self.room.kv_bytes
+            self.machine.meter.mark(label, weights_bytes, kv_bytes)
+            self._own_bytes[phase.name] = max(weights_bytes + kv_bytes, self._own_bytes.get(phase.name, 0))
             yield event
 
     def _compare_with(self, plan: Plan, phase: Phase) -> None:
-        """Say so where a phase held more than was planned. Among what a card's allocator counts is what the reserve is
-        for, libraries' workspaces and rounding, and what others in this process take meanwhile, an application or a
-        second runtime: the turn goes on, for its own tensors have a cap (`device.MemoryCap`)."""
+        """Say so where a phase held more than was planned, and stop where weights and caches alone break the budget.
+
+        They are counted by us. Among what a card's allocator counts is what the reserve is for, libraries' workspaces
+        and rounding, and what others in this process take meanwhile, an application or a second runtime: that ends no
+        turn, whose own tensors have a cap (`device.MemoryCap`).
+        """
+        own_bytes = self._own_bytes.get(phase.name, 0)
+        if plan.budget_bytes is not None and own_bytes > plan.budget_bytes:
+            raise BudgetExceededError(
+                f'phase "{phase.name}" held {format_bytes(own_bytes)} of weights and caches, but the budget is'
+                f" {format_bytes(plan.budget_bytes)}",
+                phase=phase.name,
+                needed_bytes=own_bytes,
+                available_bytes=plan.budget_bytes,
+                hint="the plan was wrong: please report it with this profile, and name a smaller budget for now",
+            )
         meter = self.machine.meter
         more_bytes = meter.peaks.get(phase.name, 0) - phase.peak_bytes - plan.workspace_bytes - plan.slack_bytes
         if meter.kind == DEVICE_ALLOCATOR and more_bytes > 0:

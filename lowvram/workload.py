@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 from .checkpoint import Headers
@@ -29,6 +30,7 @@ from .preprocess.counts import (
     count_medium,
     count_video,
     read_recipe,
+    require_agreement,
     samples_in,
     window_frames,
 )
@@ -218,14 +220,21 @@ def _recipe(headers: Headers) -> tuple[Recipe, int]:
     """How media are cut up, and the mel frames in a window of the audio tower.
 
     By the checkpoint's own preprocessor_config.json or, where that is not here, the published one."""
-    path = headers.folder / "preprocessor_config.json" if headers.folder else None
+    path = (headers.folder or Path()) / "preprocessor_config.json"
+    own = PREPROCESSOR_CONFIG
     try:
-        own = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else PREPROCESSOR_CONFIG
-        return read_recipe(own), window_frames(headers.config)
-    except (KeyError, ValueError) as error:
+        if headers.folder and path.exists():
+            own = json.loads(path.read_text(encoding="utf-8"))
+        recipe = read_recipe(own)
+        per_window = window_frames(headers.config)
+        require_agreement(own, headers.config["thinker_config"], path)
+    except KeyError as error:
         raise CheckpointError(
-            f"the configs of {headers.name} cannot be used: {error!r}", path=str(path or "")
+            f"config.json or preprocessor_config.json of {headers.name} lacks {error}", path=str(path)
         ) from error
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} makes no sense: {error}", path=str(path)) from error
+    return recipe, per_window
 
 
 def _count_text(chat: Sequence[Message], headers: Headers) -> tuple[int, bool]:

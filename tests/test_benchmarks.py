@@ -9,7 +9,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import av
@@ -257,6 +257,25 @@ def test_what_a_card_is_asked_to_hold_is_a_question_that_can_be_asked(
     assert chosen.trace in memory.MODELS and chosen.json
     assert all(Budget.of(budget).vram_bytes for budget in chosen.budgets)
     assert (chosen.weights == str(demo)) is (device == "cuda")
+
+
+def test_time_that_making_weights_takes_is_not_left_for_memory(
+    gpu: ModuleType, memory: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    clock = SimpleNamespace(monotonic=lambda: clock.now_s, now_s=0.0)
+    making = SimpleNamespace(wait=lambda: setattr(clock, "now_s", 90.0))
+    monkeypatch.setattr(gpu, "time", clock)
+    arguments = gpu.memory_arguments(gpu.Bench("cuda", tmp_path, making, until_s=120.0))
+    assert memory._parser().parse_args(arguments).minutes == 0.5
+
+
+def test_as_many_processes_trace_as_memory_and_half_the_cores_allow(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    def jobs(cores: int, free_gib: int) -> int:
+        monkeypatch.setattr(gpu.os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(gpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=free_gib * 2**30))
+        return int(gpu._jobs())
+
+    assert [jobs(16, 120), jobs(12, 12), jobs(12, 2), jobs(1, 12)] == [8, 4, 1, 1]
 
 
 def test_weights_that_could_not_be_made_fail_the_sections_that_need_them(gpu: ModuleType, tmp_path: Path):

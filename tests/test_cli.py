@@ -549,6 +549,8 @@ BAD_INPUT = {
     "missing file": (("missing.mp4",), 5, "missing.mp4"),
     "a folder": ((".",), 5, "folder"),
     "words for a name": (("What is this?",), 5, "words to be asked go after -p"),
+    "words with an ending": (("Who is Dr. No?",), 5, "words to be asked go after -p"),
+    "words that are too long for a name": (("What is this? " * 20,), 5, "words to be asked go after -p"),
     "not a medium": (("text.bin",), 5, "text.bin"),
     "zero bytes": (("empty.bin",), 5, "0 bytes"),
     "nothing left in the pipe": (("-", "-"), 5, "stdin"),

@@ -16,6 +16,17 @@ def test_a_folder_that_is_not_there_yet_has_the_room_of_those_above_it(tmp_path:
     assert demo["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
 
 
+def test_a_user_without_a_home_folder_is_a_finding(monkeypatch: pytest.MonkeyPatch):
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert "demo: ~, out of reach" in report_lines(examine())
+
+
 def test_a_folder_out_of_reach_is_a_finding(monkeypatch: pytest.MonkeyPatch):
     def refuses(folder: Path) -> None:
         raise PermissionError(13, "Permission denied", str(folder))

@@ -335,6 +335,18 @@ def test_a_weight_that_finds_no_room_comes_later(omni: OmniRuntime, undisturbed:
     assert len(tries) >= 3
 
 
+def test_weights_and_caches_beyond_the_budget_end_the_phase_with_its_profile(
+    omni: OmniRuntime, monkeypatch: pytest.MonkeyPatch
+):
+    """The plan would have been wrong, which only the count can show."""
+    budget_bytes = omni.budget.vram_bytes
+    monkeypatch.setattr(Room, "kv_bytes", property(lambda _room: budget_bytes))
+    with pytest.raises(BudgetExceededError, match="of weights and caches, but the budget is") as refused:
+        list(ask(omni))
+    assert refused.value.profile.columns["planned"]
+    assert refused.value.needed_bytes > refused.value.available_bytes == budget_bytes
+
+
 def test_a_device_that_stays_full_is_a_typed_error_and_leaves_nothing_behind(omni: OmniRuntime, undisturbed: Any):
     full = Full(omni, "talker", 2, times=10**9)
     with pytest.raises(BudgetExceededError) as refused:

@@ -334,6 +334,21 @@ def test_nothing_is_lent_to_a_turn_that_waits_for_the_device():
     assert lender.diary == [1000, "back", "waiting", 1000, "step", "back"]
 
 
+def test_what_cannot_be_lent_is_not_asked_for_again_outside():
+    """There nobody would give it back."""
+    turn, asked = Turn(), []
+
+    def refuses(held_bytes: int, budget_bytes: int) -> AbstractContextManager[None]:
+        asked.append(budget_bytes)
+        raise RuntimeError("the card is gone")
+
+    with pytest.raises(RuntimeError, match="gone"), turn.room.computing(refuses):
+        pass
+    turn.room.accept(Budget(500))
+    turn.room.adapt()
+    assert asked == [1000]
+
+
 def test_who_stops_a_turn_borrows_nothing_for_it():
     turn, lender = Turn(), Lender()
     with turn.room.computing(lender.lend):

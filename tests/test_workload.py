@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from media_files import numbered_frame, sine, write_video
 from PIL import Image
 
 from lowvram.checkpoint import Headers, open_checkpoint
+from lowvram.demo.config import PREPROCESSOR_CONFIG
 from lowvram.errors import CheckpointError, MediaError, OptionError
 from lowvram.options import TALKER_SAMPLING, Limits, MediaParams, SamplingParams, SpeechParams
 from lowvram.preprocess import Preprocessor, PromptShape
@@ -193,8 +195,15 @@ def test_amounts_that_no_prompt_has_are_refused(amounts: dict[str, Any]):
 
 
 def test_a_config_that_lacks_what_media_are_cut_by_is_named(at_hand: Headers):
-    with pytest.raises(CheckpointError, match="the configs of demo cannot be used: KeyError"):
+    with pytest.raises(CheckpointError, match=r"config\.json of demo lacks '"):
         count_turn(replace(at_hand, config={"thinker_config": {}}))
+
+
+def test_configs_that_contradict_each_other_are_refused_as_by_the_model_itself(at_hand: Headers, tmp_path: Path):
+    published = {**PREPROCESSOR_CONFIG, "patch_size": 7}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(published), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"has a patch_size of 7, but config\.json a patch_size of 14"):
+        count_turn(replace(at_hand, folder=tmp_path))
 
 
 def test_counting_loads_neither_torch_nor_transformers(demo: Path, tmp_path: Path):

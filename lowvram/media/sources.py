@@ -22,7 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -189,11 +189,14 @@ def _from_address(address: str, scheme: str, name: str, limits: Limits) -> Store
 
 
 def local_path(source: str) -> Path | None:
-    """Where on this machine the medium lies that a string names; None for stdin, `data:` and the web."""
+    """Where on this machine the medium lies that a string names; None for stdin, `data:` and the web, and for a file's
+    address that cannot be one on Windows."""
     scheme = _SCHEMES.match(source)
     if scheme is None:
         return None if source == "-" else Path(source)
-    return _path_of_address(source) if scheme[0].lower() == FILE_SCHEME else None
+    with suppress(OSError):
+        return _path_of_address(source) if scheme[0].lower() == FILE_SCHEME else None
+    return None
 
 
 def _path_of_address(address: str) -> Path:

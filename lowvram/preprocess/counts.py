@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MediaError
+from ..errors import CheckpointError, MediaError
 from ..media import SOUND_RATE_HZ, Kind, Medium, Slides, Video, measure_sound, open_video, read_image
 from ..options import Limits
 from .frames import VisionRecipe, count_frames, every_frame, frame_size, frame_span, image_size
@@ -25,6 +26,15 @@ READABLE_AS: Mapping[str, tuple[str, ...]] = {"image": ("image",), "audio": ("au
 
 FEWEST_MEL_FRAMES = 3
 """The fewest that make a token; a shorter sound counts as this long, padded with silence."""
+
+AGREED = (
+    ("patch_size", "vision_config", "patch_size"),
+    ("merge_size", "vision_config", "spatial_merge_size"),
+    ("temporal_patch_size", "vision_config", "temporal_patch_size"),
+    ("feature_size", "audio_config", "num_mel_bins"),
+)
+"""What preprocessor_config.json calls by the first name, config.json calls by the last, in that section: what media are
+cut into, and what the towers take."""
 
 MOST_PIXELS = 10**9
 MOST_SAMPLES = 10_000
@@ -93,6 +103,19 @@ def read_recipe(preprocessor: Mapping[str, Any]) -> Recipe:
         max_pixels=_pixels(preprocessor, "max_pixels", "longest_edge"),
     )
     return Recipe(vision, read_size(preprocessor, "hop_length", MOST_SAMPLES))
+
+
+def require_agreement(published: Mapping[str, Any], thinker: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError where the preprocessor_config.json at `path` and the thinker's config contradict each
+    other."""
+    for key, section, name in AGREED:
+        expected = thinker.get(section, {}).get(name, published[key])
+        if published[key] != expected:
+            raise CheckpointError(
+                f"{path} has a {key} of {published[key]}, but config.json a {name} of {expected}",
+                path=str(path),
+                hint="take both files from the same checkpoint",
+            )
 
 
 def _pixels(published: Mapping[str, Any], key: str, edge: str) -> int:

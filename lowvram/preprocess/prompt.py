@@ -45,6 +45,7 @@ from .counts import (
     is_picked,
     read_recipe,
     read_size,
+    require_agreement,
     shown_frames,
     sound_samples,
     window_frames,
@@ -67,15 +68,6 @@ from .pixels import frame_indices, patchify, resize_frame, resize_image
 TRAINED_PROMPT_TOKENS = 32_768
 """The longest prompts that the published models were trained on. Their positions reach further, for a frame's tokens
 share theirs."""
-
-AGREED = (
-    ("patch_size", "vision_config", "patch_size"),
-    ("merge_size", "vision_config", "spatial_merge_size"),
-    ("temporal_patch_size", "vision_config", "temporal_patch_size"),
-    ("feature_size", "audio_config", "num_mel_bins"),
-)
-"""What preprocessor_config.json calls by the first name, config.json calls by the last, in that section: what media are
-cut into, and what the towers take."""
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +147,7 @@ class Preprocessor:
             self._clock = Clock(thinker["position_id_per_seconds"], thinker["seconds_per_chunk"])
             self._max_positions = int(thinker["text_config"]["max_position_embeddings"])
             self._window_frames = window_frames(config)
-            _require_agreement(published, thinker, path)
+            require_agreement(published, thinker, path)
         except KeyError as error:
             raise CheckpointError(f"config.json lacks {error}", path=str(folder / "config.json")) from error
         self._chat = ChatTokenizer(_read_tokenizer(folder), folder, self._tokens)
@@ -292,17 +284,6 @@ class Preprocessor:
             raise _too_long(shape, "max_prompt_tokens", shape.prompt_tokens, limits.max_prompt_tokens)
         if shape.next_position >= self._max_positions:
             raise _too_long(shape, "max_position_embeddings", shape.next_position, self._max_positions)
-
-
-def _require_agreement(published: Mapping[str, Any], thinker: Mapping[str, Any], path: Path) -> None:
-    for key, section, name in AGREED:
-        expected = thinker.get(section, {}).get(name, published[key])
-        if published[key] != expected:
-            raise CheckpointError(
-                f"{path} has a {key} of {published[key]}, but config.json a {name} of {expected}",
-                path=str(path),
-                hint="take both files from the same checkpoint",
-            )
 
 
 def _warn_beyond_training(shape: PromptShape) -> None:

@@ -59,10 +59,13 @@ class CSource:
         """All of it that a compiler needs."""
         return b"".join(files(__package__).joinpath(name).read_bytes() for name in (TEAM, self.name))
 
-    def compiled_file(self, cache_folder: Path) -> Path:
-        """Where it is, or will be, kept: one file for each text and kind of machine."""
+    def compiled_file(self, cache_folder: Path | None = None) -> Path:
+        """Where it is, or will be, kept (in the user's cache): one file for each text and kind of machine.
+
+        Raises BackendError for a user who has no such folder.
+        """
         key = hashlib.sha256(b"\0".join((self.text, *map(str.encode, (*FLAGS, platform.machine()))))).hexdigest()[:16]
-        return cache_folder / f"{self.backend}-{key}.so"
+        return (cache_folder or self._users_cache()) / f"{self.backend}-{key}.so"
 
     def load(self, cache_folder: Path | None = None) -> Run:
         """Compile it, now or before, into `cache_folder` (the user's cache).

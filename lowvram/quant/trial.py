@@ -16,9 +16,9 @@ from .packing import pack_awq, unpack_awq
 TOLERANCE = 0.01
 """Of relative errors: three times what bfloat16 explains, and far below what misread weights make."""
 
-BROKEN = (ImportError, AttributeError, OSError, RuntimeError)
+BROKEN = (ImportError, AttributeError, NameError, SyntaxError, OSError, RuntimeError, TypeError, ValueError)
 """What a package raises that is missing, or is there and cannot work: for want of a library, between versions that do
-not go together, or because a file of the user's goes by its name."""
+not go together (of NumPy or Python as well), or because a file of the user's goes by its name."""
 
 
 def largest_error(products: Iterable[Tensor], exact: Tensor) -> float:

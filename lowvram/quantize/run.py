@@ -136,11 +136,11 @@ class _Quantization:
         if self._deviations:
             yield Deviations(self._deviations)
         self._require_place()
-        begun = self._state.read(HELD_OUT) is not None
-        chosen = None if begun else self._choose_samples()
+        chosen = None if self._has_begun else self._choose_samples()
         with self._state.alone():
+            begun = self._has_begun  # choosing takes a while, in which another process may have come further
             self._state.open_run(self._record(), begun=begun)
-            if chosen:
+            if chosen and not begun:
                 yield from self._embed_samples(*chosen)
             yield from self._copy_others()
             yield from self._quantize_parts()
@@ -151,6 +151,10 @@ class _Quantization:
             self._finish(report)
         self._state.discard()
         yield report
+
+    @property
+    def _has_begun(self) -> bool:
+        return self._state.read(HELD_OUT) is not None
 
     @property
     def _deviations(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ writes depends on nothing else.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from ..checkpoint_writer import write_json
 from ..errors import OptionError
 from ..offload.budget import format_bytes
 from .rows import RowFile
+
+log = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished"
 """The folder of a run's state, inside the one that it writes to."""
@@ -64,7 +67,7 @@ class Unfinished:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """While entered, no other process is. Raises OptionError where one is: two would write into the same files. A
-        process that dies leaves nothing behind that keeps others out."""
+        process that dies leaves nothing behind that keeps others out; a disk that knows no locks keeps nobody out."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / LOCK, blocking=False, thread_local=False)
         try:
@@ -73,6 +76,8 @@ class Unfinished:
             raise OptionError(
                 f"{self.folder.parent} is being written by another process", hint="wait for it, or name another folder"
             ) from error
+        except (OSError, NotImplementedError) as error:  # as on some network shares
+            log.warning("%s cannot be locked (%s): no other process may write there", self.folder.parent, error)
         try:
             yield
         finally:
@@ -81,12 +86,18 @@ class Unfinished:
     def open_run(self, record: Mapping[str, Any], *, begun: bool) -> None:
         """Begin a run, or go on with the one that is here; `record` says what is asked. Until a run has `begun` on what
         depends on that, it may as well be another one. Raises OptionError when the one that is here was asked for
-        something else, naming what."""
+        something else, naming what, or is of another recipe: only its own version knows how far it has come."""
         path = self.folder / RECORD
+        asked = json.loads(path.read_text(encoding="utf-8")) if path.exists() else record
+        if asked.get("recipe") != record.get("recipe"):
+            raise OptionError(
+                f"{self.folder.parent} holds an unfinished run of another version of lowvram, with recipe"
+                f" {asked.get('recipe')} instead of {record.get('recipe')}",
+                hint="name another folder, or delete this one",
+            )
         if not (begun and path.exists()):
             write_json(path, record)
             return
-        asked = json.loads(path.read_text(encoding="utf-8"))
         for key, value in record.items():
             if asked.get(key) != json.loads(json.dumps(value)):
                 raise OptionError(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -97,6 +99,20 @@ def test_a_file_with_another_line_is_left_as_it_is(folder: Path, demo: Path, cap
     assert run(folder, demo) == 1
     assert (folder / "answers.jsonl").read_bytes() == content
     assert "delete the line, or name another file" in capsys.readouterr().err
+
+
+def test_lines_that_cannot_be_written_are_one_sentence(folder: Path, demo: Path, capsys):
+    assert run(folder, demo, "-o", str(folder / "nowhere" / "answers.jsonl")) == 1
+    assert "No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_clip_whose_name_is_no_text_is_answered_once(folder: Path, demo: Path):
+    (folder / "a.wav").rename(folder / os.fsdecode(b"caf\xe9.wav"))
+    assert run(folder, demo) == 0
+    whole = (folder / "answers.jsonl").read_bytes()
+    assert os.fsencode(json.loads(whole.splitlines()[-1])["clip"]) == b"caf\xe9.wav"
+    assert run(folder, demo) == 0 and (folder / "answers.jsonl").read_bytes() == whole
 
 
 def test_a_model_that_is_not_there_is_named_before_a_file_is_made(folder: Path, capsys):

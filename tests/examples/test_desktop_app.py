@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loudspeaker import Played
+from loudspeaker import Played, Saved
 from model_thread import ModelThread
 
 from lowvram import SamplingParams, SpeechParams
@@ -90,6 +90,14 @@ def test_a_file_that_cannot_be_read_is_told_with_its_type(person: Person, tmp_pa
     person.window.ask_button.invoke()
     person.wait_until_can_ask()
     assert "MediaError: " in person.text and "nowhere.png" in person.text
+
+
+def test_words_go_on_where_speech_cannot_be_written(person: Person, tmp_path: Path):
+    person.window._places = iter([Saved(tmp_path / "nowhere" / "reply.wav")])
+    person.window.ask_button.invoke()
+    person.wait_until_can_ask()
+    assert person.status.startswith("length") and person.status.endswith("to nowhere")
+    assert person.text.count("cannot be written") == 1
 
 
 def test_an_answer_waits_while_a_game_has_the_card(person: Person):

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 from loudspeaker import BLOCK_SAMPLES, RATE_HZ, Played, Saved, heard, places_for_speech
 
-from lowvram import AudioChunk
+from lowvram import AudioChunk, LowVRAMError
 
 
 def chunk(begin: int, count: int) -> AudioChunk:
@@ -73,6 +73,14 @@ def test_without_a_package_each_answer_is_a_new_file(no_sound_device, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reply-1.wav", "reply-2.wav", "reply-3.wav"]
     samples, rate_hz = soundfile.read(tmp_path / "reply-3.wav", dtype="float32")
     assert rate_hz == RATE_HZ and np.array_equal(samples, chunk(500, 500).samples)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path):
+    with (
+        pytest.raises(LowVRAMError, match=r"reply-1\.wav cannot be written"),
+        heard(Saved(tmp_path / "no/reply-1.wav")) as speech,
+    ):
+        speech.take(chunk(0, 10))
 
 
 def test_without_a_device_speech_is_saved(sound_device, tmp_path: Path):

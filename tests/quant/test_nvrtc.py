@@ -128,7 +128,10 @@ def test_without_cuda_core_it_says_what_to_install(
     ("module", "source", "reason"),
     [
         ("cuda.py", "", "'cuda' is not a package"),  # a script of the user's, in the folder where Python starts
+        ("cuda.py", "print card", "Missing parentheses"),
+        ("cuda.py", "card = cards[0]", "name 'cards' is not defined"),
         ("cuda/core/__init__.py", "raise OSError('nvrtc64.dll is missing')", "nvrtc64.dll is missing"),
+        ("cuda/core/__init__.py", "raise ValueError('numpy.dtype size changed')", "numpy.dtype size changed"),
         ("cuda/core/__init__.py", "raise RuntimeError('CUDA 11 is too old')", "CUDA 11 is too old"),
     ],
 )

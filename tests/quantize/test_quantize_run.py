@@ -24,7 +24,7 @@ from lowvram.events import Progress
 from lowvram.options import TALKER_SAMPLING, SamplingParams, SpeechParams
 from lowvram.preprocess import Preprocessor
 from lowvram.quant.recipe import LINEARS
-from lowvram.quantize import LayerReport, QuantizeOptions, QuantizeReport, quantize_checkpoint
+from lowvram.quantize import LayerReport, QuantizeOptions, QuantizeReport, quantize_checkpoint, run
 from lowvram.quantize.samples import choose_blocks, gather_runs
 from lowvram.quantize.state import UNFINISHED
 from lowvram.runtime import OmniRuntime
@@ -222,6 +222,26 @@ def test_an_unfinished_run_is_not_continued_with_other_weights(source: Path, cop
     change_tensor(copy, "talker.thinker_to_talker_proj.bias", torch.zeros(48))
     with pytest.raises(OptionError, match="unfinished run with weights"):
         next(begin(copy, tmp_path / "new"))
+
+
+@pytest.mark.parametrize("seed", [OPTIONS.seed, 1])
+def test_what_another_process_began_while_samples_were_chosen_is_gone_on_with_or_refused(
+    source: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+):
+    target, choose = tmp_path / "new", run.choose_blocks
+
+    def choose_slowly(*arguments: object, **options: object) -> object:
+        monkeypatch.setattr(run, "choose_blocks", choose)
+        stop_at("layer 2 of 2", source, target, replace(OPTIONS, seed=seed))
+        return choose(*arguments, **options)
+
+    monkeypatch.setattr(run, "choose_blocks", choose_slowly)
+    if seed == OPTIONS.seed:
+        finish(source, target)
+        assert files_in(target) == files_in(finished.folder)
+    else:
+        with pytest.raises(OptionError, match="unfinished run with seed 1, not 0"):
+            finish(source, target)
 
 
 def test_weights_of_the_same_shape_but_other_values_are_others(copy: Path, tmp_path: Path):

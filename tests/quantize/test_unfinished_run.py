@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -7,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 
 from lowvram.errors import OptionError
 from lowvram.quantize.state import Unfinished, require_new_or_unfinished, require_room
 
-RECORD = {"seed": 0, "calibrate": ("a", "b")}
+RECORD = {"recipe": 2, "seed": 0, "calibrate": ("a", "b")}
 
 
 @pytest.fixture
@@ -41,6 +43,27 @@ def test_what_is_asked_may_change_until_something_depends_on_it(run: Unfinished)
     run.open_run(other, begun=True)
     with pytest.raises(OptionError, match="unfinished run with seed 3, not 0"):
         run.open_run(RECORD, begun=True)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_unfinished_run_of_another_version_is_not_gone_on_with(run: Unfinished, begun: bool):
+    asked = (run.folder / "run.json").read_text()
+    with pytest.raises(OptionError, match="another version of lowvram, with recipe 2 instead of 3"):
+        run.open_run({**RECORD, "recipe": 3}, begun=begun)
+    assert (run.folder / "run.json").read_text() == asked
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_disk_that_knows_no_locks_keeps_nobody_out(
+    run: Unfinished, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def refuse(_: FileLock) -> None:
+        raise error
+
+    monkeypatch.setattr(FileLock, "_acquire", refuse)
+    with run.alone():
+        run.keep("layer-0", {})
+    assert "new cannot be locked" in caplog.text
 
 
 def test_a_run_that_is_under_way_keeps_others_out(run: Unfinished):
