@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +18,7 @@ from .scheme import Packing
 Specs = Mapping[str, TensorSpec]
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Module, ABC):
     """x [..., in_features] -> [..., out_features], multiplied by `backend`, with an optional bias.
 
     A skeleton: its parameters (those of `layout`, and `bias` in `dtype`) lie on `meta`, require no gradient, and wait
@@ -57,9 +58,9 @@ class PackedLinear(nn.Module):
         there, where `keeps_stored_layout`: what is stored is read into place."""
         raise NotImplementedError
 
+    @abstractmethod
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., in_features] times the weight, without the bias: a new tensor."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         product = self.multiply(x)

@@ -59,7 +59,7 @@ def person(demo: Path, sound_device) -> Iterator[Person]:
     try:
         root = tkinter.Tk()
     except tkinter.TclError as error:
-        pytest.skip(str(error))
+        pytest.skip(f"needs a display: {error}")
     places = iter(lambda: Played(sound_device.loudspeaker.open), None)
     with ModelThread(str(demo), sampling=SAMPLING, speech=SPEECH) as model:
         window = Window(root, model, places)
