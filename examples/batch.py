@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO
 
-from file_kinds import kind_of, part_of
+from file_kinds import ENDINGS
 
 from lowvram import Finished, LowVRAMError, OmniRuntime, SamplingParams
 
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def clips_without_line(folder: Path, output: Path) -> list[Path]:
     """The folder's media by name, without those that were answered already."""
     answered = set(clips_with_line(output)) if output.exists() else set()
-    clips = sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path))
+    clips = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in ENDINGS)
     return [clip for clip in clips if clip.name not in answered]
 
 
@@ -103,7 +103,7 @@ def answers(
 
 def answer(omni: OmniRuntime, clip: Path, prompt: str, sampling: SamplingParams) -> dict[str, Any]:
     """One clip's answer in text, and what it took. Raises what `generate` does."""
-    messages = [{"role": "user", "content": [part_of(clip), {"type": "text", "text": prompt}]}]
+    messages = [{"role": "user", "content": [{"type": "file", "file": clip}, {"type": "text", "text": prompt}]}]
     with closing(omni.generate(messages, sampling=sampling, speech=None)) as events:
         *_, finished = events
     assert isinstance(finished, Finished)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tkinter import filedialog, scrolledtext, ttk
 from typing import Any
 
-from file_kinds import ENDINGS, part_of
+from file_kinds import ENDINGS
 from loudspeaker import Speech, places_for_speech
 from model_thread import Closed, ModelThread, Opened, Report
 
@@ -94,7 +94,7 @@ class Window:
 
     def choose_file(self) -> None:
         """Ask the person for one."""
-        patterns = [f"*{ending}" for endings in ENDINGS.values() for ending in endings]
+        patterns = [f"*{ending}" for ending in ENDINGS]
         if chosen := filedialog.askopenfilename(filetypes=[("video, sound, picture", patterns), ("all files", "*")]):
             self.take_file(Path(chosen))
 
@@ -105,7 +105,7 @@ class Window:
 
     def ask(self) -> None:
         """Ask about the file, if there is one; what was still to be heard of the last answer is not."""
-        content: list[dict[str, Any]] = [part_of(self._file)] if self._file else []
+        content: list[dict[str, Any]] = [{"type": "file", "file": self._file}] if self._file else []
         self._silence()
         self._speech = next(self._places)
         self._is_answering = True

@@ -147,7 +147,7 @@ class SpeechParams:
 
     `mode` says how much is solved together. "exact": the sound of the whole utterance solved at once; it begins when
     2.88 s of speech are known (for 9 evaluations and chunks of 0.96 s; 2.64 s in chunks of 0.24 s). "offload": exact,
-    too, and reads each weight once per chunk; begins after 10.56 s (4.56 s). "balanced" and "low-latency" begin after
+    too, and streams each weight once per chunk; begins after 10.56 s (4.56 s). "balanced" and "low-latency" begin after
     0.96 s and 0.72 s: a chunk is solved with only two blocks, or one, after it (error 2.4e-5 and 4.8e-3 of the signal
     on a small trained model, in 1.4 and 1.2 times the work). `dtype` is that of the DiT's layers, float32 as the
     reference has it: float16 and bfloat16 halve their bytes, at an error of 6e-4 and 4e-3 of the signal on that model.

@@ -19,7 +19,7 @@ from typing import Any
 from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, open_checkpoint, stored_dtype
 from .device import Device, MemoryCap, choose_dtype, exact_convolutions, open_device
 from .errors import CheckpointError, LowVRAMError, OptionError
-from .events import Event
+from .events import Event, Finished
 from .model import OmniModel, build_model
 from .offload.budget import Budget
 from .offload.footprint import Footprint, read_footprint
@@ -77,7 +77,7 @@ class OmniRuntime:
         self._footprint = footprint
         self._answering = threading.Lock()
         self._stepping = threading.Lock()
-        self._naming = threading.Lock()
+        self._telling = threading.Lock()
         self._control = Control(budget)
         self._turn: Turn | None = None
         self._released = False
@@ -184,9 +184,10 @@ class OmniRuntime:
     ) -> Generator[Event, None, None]:
         """Answer a conversation: yields Progress, TextDelta, AudioChunk as they happen and one Finished at the end.
 
-        `messages` follow the chat format of transformers and OpenAI. `speech` None answers in text alone. Closing the
-        iterator cancels; `cancel` does so from another thread, from this call on, and the turn then still ends with a
-        Finished. Options are checked here, at the call; media and budget when the first event is asked for.
+        `messages` follow the chat format of transformers and OpenAI; {"type": "file", "file": path} is whatever its
+        content is. `speech` None answers in text alone. Closing the iterator cancels; `cancel` does so from another
+        thread, from this call on, and the turn then still ends with a Finished. Options are checked here, at the call;
+        media and budget when the first event is asked for.
         """
         self._require_open()
         require_options(sampling=sampling, speech=speech, media=media)
@@ -210,7 +211,8 @@ class OmniRuntime:
         return self._begin(messages, SamplingParams(max_tokens=len(reply)), speech, voice, None, reply)
 
     def cancel(self) -> None:
-        """End the answer in the making at its next step, from any thread; without one, nothing happens."""
+        """End the answer in the making at its next step, from any thread; before its first event, the one that
+        `generate` or `speak` gave last. Without one, nothing happens."""
         self._control.cancel()
 
     def set_budget(self, vram: str | int | None) -> None:
@@ -220,7 +222,7 @@ class OmniRuntime:
         InfeasibleBudgetError, and changes nothing, when what is left of it cannot run in so little.
         """
         self._require_open()
-        with self._naming:
+        with self._telling:
             budget = _granted(replace(Budget.of(vram), ram_bytes=self.budget.ram_bytes), self.device)
             turn = self._turn
             if turn is not None:
@@ -237,14 +239,16 @@ class OmniRuntime:
         nobody is asking for its next event; its iterator waits meanwhile. Without one, resident weights leave now.
         """
         self._require_open()
-        self._released = True
-        self._control.release()
+        with self._telling:
+            self._released = True
+            self._control.release()
         self._adapt()
 
     def resume(self) -> None:
         """Take the device again; an answer that waited goes on as if nothing had been."""
-        self._released = False
-        self._control.resume()
+        with self._telling:
+            self._released = False
+            self._control.resume()
 
     def close(self) -> None:
         """Free the device and close the checkpoint's files, from any thread; closing twice is fine.
@@ -280,9 +284,7 @@ class OmniRuntime:
         self._require_idle()
         self._require_present()
         self._control = Control(self.budget)  # each turn its own, so that cancelling before its first event counts
-        if self._released:  # by another thread, just now
-            self._control.release()
-        return self._generate(messages, sampling, speech, voice, media, reply)
+        return self._generate(messages, sampling, speech, voice, media, reply, self._control)
 
     def _generate(
         self,
@@ -292,41 +294,52 @@ class OmniRuntime:
         voice: Voice | None,
         media: MediaParams | None,
         reply: tuple[int, ...] | None,
+        control: Control,
     ) -> Generator[Event, None, None]:
         self._require_open()
         while not self._answering.acquire(blocking=False):
             self._require_idle()
-        control = self._control
         try:
             started_s = time.perf_counter()
+            self._heed(control)
             with self.preprocessor.open(messages, media or MediaParams(), self.limits) as prompt:
                 workload = self._workload(prompt.shape, sampling, speech, voice)
                 replan = partial(self._plan, workload)
                 request = Request(prompt.inputs, replan(self.budget), replan, sampling, speech, voice, reply)
-                yield from self._steps(Turn(self._machine, request, control, started_s))
+                finished = yield from self._steps(Turn(self._machine, request, control, started_s))
         finally:
             self._answering.release()
             if self._closed:
                 self.close()
+        yield finished  # when all is given back: whoever hears it may ask again at once
 
-    def _steps(self, turn: Turn) -> Generator[Event, None, None]:
-        """A turn's events; between two of them other threads may change where its weights are."""
+    def _heed(self, control: Control) -> None:
+        """Let `control` be told what other threads ask, and now what they have asked since it was made."""
+        with self._telling:
+            self._control = control
+            control.set_budget(self.budget)
+            (control.release if self._released else control.resume)()
+
+    def _steps(self, turn: Turn) -> Generator[Event, None, Finished]:
+        """A turn's events but the last, which is returned; between two of them other threads may change where its
+        weights are."""
         self._turn = turn
         events = turn.run()
         try:
-            while (event := self._next(turn, events)) is not None:
+            while not isinstance(event := self._next(turn, events), Finished):
                 yield event
+            return event
         finally:
             with self._stepping:
                 self._turn = None
                 events.close()
 
-    def _next(self, turn: Turn, events: Iterator[Event]) -> Event | None:
+    def _next(self, turn: Turn, events: Iterator[Event]) -> Event:
         if turn.control.released:  # perhaps inside the last step, which has not heeded it
             self._adapt()
             turn.control.wait_while_released()  # here, so that whoever has the device meanwhile meets no cap of ours
         with self._stepping, turn.room.computing(self._lend):
-            return next(events, None)
+            return next(events)
 
     @contextmanager
     def _lend(self, held_bytes: int, budget_bytes: int) -> Iterator[None]:

@@ -34,7 +34,7 @@ from .preprocess.counts import (
     samples_in,
     window_frames,
 )
-from .preprocess.messages import MediaPart, Message, TextPart, read_messages
+from .preprocess.messages import MediaPart, Message, TextPart, read_messages, with_kinds
 from .preprocess.plain_tokenizer import TOKENIZER_FILE, PlainTokenizer
 from .token2wav.ode import solver_stages, time_grid
 from .token2wav.windows import BLOCK_CODES, LOOK_AHEAD_BLOCKS, chunk_codes, first_sound_codes
@@ -130,7 +130,7 @@ def count_turn(
     chat = _with_stand_ins(read_messages(messages or [SHORT_QUESTION], media), stand_ins, media)
     recipe, per_window = _recipe(headers)
     shapes = tuple(_count(part, recipe, limits) for part in _media_parts(chat))
-    text_tokens, is_estimate = _count_text(chat, headers)
+    text_tokens, is_estimate = _count_text(with_kinds(chat, (shape.kind for shape in shapes)), headers)
     text_tokens += MEDIUM_TOKENS * sum(shape.kind == "video" and shape.mel_frames > 0 for shape in shapes)
     turn = turn_of(
         text_tokens + sum(shape.tokens for shape in shapes),

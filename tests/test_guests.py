@@ -23,6 +23,7 @@ from lowvram.events import AudioChunk, Event, Finished, TextDelta
 from lowvram.kv_cache import KVCache
 from lowvram.offload.budget import GIB
 from lowvram.offload.meter import NoMeter
+from lowvram.offload.plan import Plan
 from lowvram.offload.profile import DEVICE_ALLOCATOR
 from lowvram.options import SamplingParams
 from lowvram.room import Room
@@ -178,6 +179,35 @@ def test_a_budget_named_between_turns_holds_for_the_next(omni: OmniRuntime, undi
     omni.set_budget(least_bytes)
     assert omni.plan(MESSAGES, sampling=SAMPLING, speech=SPEECH, media=MEDIA).peak_bytes <= least_bytes
     assert_same_answer(answer(ask(omni)), undisturbed)
+
+
+def test_what_was_asked_before_an_answer_began_holds_for_it_whichever_was_made_last(
+    omni: OmniRuntime, undisturbed: Any
+):
+    first, second = ask(omni), ask(omni)
+    omni.release()
+    least_bytes = omni.plan(MESSAGES, sampling=SAMPLING, speech=SPEECH, media=MEDIA).smallest_budget_bytes
+    omni.set_budget(least_bytes)
+    omni.resume()
+    plans: list[Plan] = []
+    for events in (first, second):
+        assert_same_answer(answer(events, lambda _: plans.append(omni._turn.room.plan)), undisturbed)
+    assert max(plan.peak_bytes for plan in plans) <= least_bytes
+
+
+def test_a_release_before_answers_began_is_over_for_all_of_them_once_resumed(omni: OmniRuntime, undisturbed: Any):
+    first, second = ask(omni), ask(omni)
+    omni.release()
+    said: list[Any] = []
+    waiting = threading.Thread(target=lambda: said.extend(map(answer, (first, second))), daemon=True)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    omni.resume()
+    waiting.join(60)
+    assert len(said) == 2
+    for each in said:
+        assert_same_answer(each, undisturbed)
 
 
 def test_releasing_after_any_event_and_resuming_changes_nothing(omni: OmniRuntime, undisturbed: Any):

@@ -179,6 +179,22 @@ def test_cancelling_before_the_first_event_counts(omni: OmniRuntime):
     assert (finished.finish_reason, finished.text_ids) == ("cancelled", ())
 
 
+def test_of_two_answers_made_before_either_began_one_can_be_cancelled(omni: OmniRuntime):
+    first, second = (omni.generate(MESSAGES, sampling=SHORT, speech=SPEECH) for _ in range(2))
+    next(first)
+    omni.cancel()
+    *_, ended = first
+    *_, finished = second
+    assert (ended.finish_reason, finished.finish_reason) == ("cancelled", "length")
+
+
+def test_whoever_hears_the_end_of_an_answer_may_ask_again_at_once(omni: OmniRuntime):
+    first, second = (omni.generate(MESSAGES, sampling=SHORT, speech=None) for _ in range(2))
+    ended = next(event for event in first if isinstance(event, Finished))
+    *_, finished = second
+    assert finished.text == ended.text
+
+
 def test_a_turns_memory_is_not_the_last_turns(demo: Path):
     with LiveBytes() as meter, OmniRuntime.open(demo, device="cpu", meter=meter) as omni:
         spoken, silent = ask(omni), ask(omni, speech=None)

@@ -100,7 +100,7 @@ def test_media_of_all_kinds_in_a_conversation_count_as_they_are_measured(
         {"role": "system", "content": "Be brief. <|im_end|>"},
         *user({"type": "image", "image": str(tmp_path / "a.png")}, {"type": "video", "video": frames}, "and 42?"),
         {"role": "assistant", "content": "a bird"},
-        *user({"type": "audio", "audio": sine(16_000, 2.5)}, "why"),
+        *user({"type": "audio", "audio": sine(16_000, 2.5)}, {"type": "file", "file": str(tmp_path / "a.png")}, "why"),
     ]
     assert_same(count_turn(at_hand, asked), preprocessor.measure(asked))
 

@@ -252,9 +252,9 @@ class SoundShape:
         to its tail.
         """
         chunk_frames = decoding.chunk_codes * self.repeats
-        at_once_bytes = self._frames_at_once(decoding) * self._frame_bytes
+        at_once_bytes = self._frames_at_once(decoding) * self._frame_bytes + self._standing_bytes(decoding)
         end_bytes = 0
-        if decoding.mode == "exact":
+        if not decoding.ahead_codes:
             ending_frames = self.block_frames * (decoding.evaluations + 1)
             end_bytes = ending_frames * self._frame_bytes - self._border_bytes(decoding)
         vocoder_bytes = (chunk_frames + 34) * 12 * self.vocoder_elements_per_frame * TOKEN2WAV_WIDTH_BYTES
@@ -262,10 +262,14 @@ class SoundShape:
 
     def _frames_at_once(self, decoding: Decoding) -> int:
         """The frames that go through a layer of the DiT together."""
-        chunk_frames = decoding.chunk_codes * self.repeats
-        if decoding.mode == "offload":
-            return decoding.evaluations * chunk_frames + self.block_frames
-        return chunk_frames + decoding.ahead_codes * self.repeats
+        return (decoding.chunk_codes + decoding.ahead_codes) * self.repeats
+
+    def _standing_bytes(self, decoding: Decoding) -> int:
+        """Rows of two branches that stand before or behind a layer while another evaluation's go through it."""
+        if decoding.mode != "offload":
+            return 0
+        frames = (decoding.evaluations - 1) * decoding.chunk_codes * self.repeats
+        return frames * 2 * self.hidden * TOKEN2WAV_WIDTH_BYTES
 
     @property
     def _frame_bytes(self) -> int:

@@ -137,12 +137,13 @@ class _Work:
         frames = codes * sound.repeats
         layer_flops = 2 * (4 * sound.hidden**2 + 2 * sound.hidden * sound.ff)
         dit_flops = evaluations * 2 * frames * sound.layers * layer_flops * self._work_per_code()
-        walks = self._walks(codes)
+        chunks = max(1.0, codes / self.turn.speech_chunk_codes)
+        moves = chunks * (1 if self.turn.speech_mode == "offload" else evaluations)
         dit_s = max(
             self._speech_s(dit_flops),
-            self._read_s(walks * self.footprint.component_bytes("dit")),
-            walks * sound.layers * LAYER_LAUNCH_S,
-            walks * self._stream_s("token2wav"),
+            self._read_s(chunks * evaluations * self.footprint.component_bytes("dit")),
+            chunks * evaluations * sound.layers * LAYER_LAUNCH_S,
+            moves * self._stream_s("token2wav"),
         )
         return dit_s + self._float32_s(frames * sound.vocoder_flops_per_frame)
 
@@ -150,11 +151,6 @@ class _Work:
         """How often a frame is solved: what a chunk sees ahead of itself is solved again with the next one."""
         chunk, ahead = self.turn.speech_chunk_codes, self.turn.speech_ahead_codes
         return (chunk + ahead) / chunk
-
-    def _walks(self, codes: int) -> float:
-        """Over the DiT's layers: for a chunk one for each evaluation, in "offload" one for all."""
-        chunks = max(1.0, codes / self.turn.speech_chunk_codes)
-        return chunks * (1 if self.turn.speech_mode == "offload" else self.turn.ode_evaluations)
 
     def silence_s(self, loads_s: list[float]) -> float:
         """From the first word to the first sound. Across a cut all text, or all codes, come before what follows."""

@@ -151,8 +151,10 @@ def audio_windows(mel_frames: int, window_frames: int) -> int:
     return math.ceil(mel_frames / window_frames)
 
 
-def check_kind(part: MediaPart, medium: Medium) -> None:
-    """Raise MediaError where a medium is not what its message says."""
+def kind_of(part: MediaPart, medium: Medium) -> Kind:
+    """What a medium is for its message: what that says, or what the content is. Raises MediaError where they differ."""
+    if part.kind == "file":
+        return medium.kind
     is_first_picture = part.kind == "image" and medium.is_animation
     if medium.kind not in READABLE_AS[part.kind] and not is_first_picture:
         raise MediaError(
@@ -160,6 +162,7 @@ def check_kind(part: MediaPart, medium: Medium) -> None:
             path=medium.name,
             hint=f'make it {{"type": "{medium.kind}", "{medium.kind}": ...}}',
         )
+    return part.kind
 
 
 def count_medium(part: MediaPart, medium: Medium, recipe: Recipe, limits: Limits) -> MediumShape:
@@ -167,8 +170,7 @@ def count_medium(part: MediaPart, medium: Medium, recipe: Recipe, limits: Limits
 
     Raises MediaError for a medium that is not what its message says, or cannot be used.
     """
-    check_kind(part, medium)
-    match part.kind:
+    match kind_of(part, medium):
         case "image":
             height, width, _ = read_image(medium, limits).shape
             return count_image(part, medium.name, height, width, recipe)

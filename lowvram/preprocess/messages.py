@@ -1,15 +1,16 @@
 """Chat messages as people write them -> checked messages of typed parts, each medium with its own options.
 
-The chat formats of transformers, of OpenAI and of the official utilities are all understood. Nothing is opened here;
-whatever cannot be understood is an `OptionError` that names the message and the part, counted from 1.
+The chat formats of transformers, of OpenAI and of the official utilities are all understood, and a part of type "file",
+which is what its content is. Nothing is opened here; whatever cannot be understood is an `OptionError` that names the
+message and the part, counted from 1.
 """
 
 from __future__ import annotations
 
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 from ..errors import MediaError, OptionError
 from ..media.sources import Bytes, decode_base64
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
     from ..media import Kind
     from ..media.sources import Source
 
+Said: TypeAlias = "Kind | Literal['file']"
+"""What a part says it is: a kind of medium, or a file of any."""
+
 ROLES = ("system", "user", "assistant")
-KIND_OF_TYPE: Mapping[str, Kind] = {
+KIND_OF_TYPE: Mapping[str, Said] = {
+    "file": "file",
     "image": "image",
     "image_url": "image",
     "audio": "audio",
@@ -29,12 +34,14 @@ KIND_OF_TYPE: Mapping[str, Kind] = {
     "video": "video",
     "video_url": "video",
 }
-SOURCE_KEYS: Mapping[Kind, tuple[str, ...]] = {
+SOURCE_KEYS: Mapping[Said, tuple[str, ...]] = {
+    "file": ("file", "url", "path"),
     "image": ("image", "image_url", "url", "path"),
     "audio": ("audio", "audio_url", "input_audio", "url", "path"),
     "video": ("video", "video_url", "url", "path"),
 }
-OPTION_OF_KEY: Mapping[Kind, Mapping[str, str]] = {
+OPTION_OF_KEY: Mapping[Said, Mapping[str, str]] = {
+    "file": {},
     "image": {"min_pixels": "image_min_pixels", "max_pixels": "image_max_pixels"},
     "audio": {"audio_start": "start_s", "audio_end": "end_s"},
     "video": {
@@ -50,7 +57,8 @@ OPTION_OF_KEY: Mapping[Kind, Mapping[str, str]] = {
         "use_audio_in_video": "video_sound",
     },
 }
-"""The official utilities' keys, and the field of `MediaParams` each overrides for its part."""
+"""The official utilities' keys, and the field of `MediaParams` each overrides for its part. They depend on the kind, so
+that a file of any kind has none."""
 
 SWITCHES = ("video_sound", "use_audio_in_video")
 SIZE_KEYS = ("resized_height", "resized_width")
@@ -71,7 +79,7 @@ class MediaPart:
     `where` names the part in errors.
     """
 
-    kind: Kind
+    kind: Said
     source: Source
     params: MediaParams
     where: str
@@ -103,6 +111,16 @@ def read_messages(messages: Sequence[Mapping[str, object]], params: MediaParams)
     if read[0].role != "system":
         read.insert(0, Message("system", (TextPart(DEFAULT_SYSTEM_PROMPT),)))
     return read
+
+
+def with_kinds(chat: Sequence[Message], kinds: Iterable[Kind]) -> list[Message]:
+    """The chat with its media, in order, called what their content is."""
+    found = iter(kinds)
+
+    def known(part: Part) -> Part:
+        return replace(part, kind=next(found)) if isinstance(part, MediaPart) else part
+
+    return [replace(message, parts=tuple(map(known, message.parts))) for message in chat]
 
 
 def _message(message: object, where: str, params: MediaParams) -> Message:
@@ -142,7 +160,7 @@ def _text(words: str, where: str) -> TextPart:
     return TextPart(words)
 
 
-def _media_part(part: Mapping[str, object], kind: Kind, where: str, params: MediaParams) -> MediaPart:
+def _media_part(part: Mapping[str, object], kind: Said, where: str, params: MediaParams) -> MediaPart:
     keys = [key for key in SOURCE_KEYS[kind] if part.get(key) is not None]
     if len(keys) != 1:
         found = " and ".join(keys) or "no source"
@@ -165,12 +183,14 @@ def _media_part(part: Mapping[str, object], kind: Kind, where: str, params: Medi
     )
 
 
-def _check_options(options: Mapping[str, object], kind: Kind, where: str) -> None:
+def _check_options(options: Mapping[str, object], kind: Said, where: str) -> None:
     """Every key is known for this kind, every switch a bool, every other value a positive number (0 for a start)."""
-    known = [*OPTION_OF_KEY[kind], *(("nframes",) if kind == "video" else ()), *(() if kind == "audio" else SIZE_KEYS)]
+    sizes = SIZE_KEYS if kind in ("image", "video") else ()
+    known = [*OPTION_OF_KEY[kind], *(("nframes",) if kind == "video" else ()), *sizes]
     for key, value in options.items():
         if key not in known:
-            raise OptionError(f"{where} ({kind}) has the unknown key {key!r}", hint=f"known: {', '.join(known)}")
+            hint = f"known: {', '.join(known)}" if known else "options need a type: video, audio or image"
+            raise OptionError(f"{where} ({kind}) has the unknown key {key!r}", hint=hint)
         if key in SWITCHES:
             if not isinstance(value, bool):
                 raise OptionError(f"{where} has {key} {value!r}, but must be true or false")

@@ -38,11 +38,11 @@ from .counts import (
     MOST_SAMPLES,
     MediumShape,
     audio_windows,
-    check_kind,
     count_image,
     count_video,
     heard_samples,
     is_picked,
+    kind_of,
     read_recipe,
     read_size,
     require_agreement,
@@ -62,7 +62,7 @@ from .layout import (
     lay_out,
 )
 from .mel import MelRecipe, log_mel
-from .messages import MediaPart, read_messages
+from .messages import MediaPart, read_messages, with_kinds
 from .pixels import frame_indices, patchify, resize_frame, resize_image
 
 TRAINED_PROMPT_TOKENS = 32_768
@@ -203,13 +203,13 @@ class Preprocessor:
     ) -> tuple[list[list[int]], list[_Medium]]:
         chat = read_messages(messages, params)
         parts = [part for message in chat for part in message.parts if isinstance(part, MediaPart)]
-        return self._chat.encode(chat), [self._open_part(part, limits, stack) for part in parts]
+        opened = [self._open_part(part, limits, stack) for part in parts]
+        return self._chat.encode(with_kinds(chat, (medium.shape.kind for medium in opened))), opened
 
     def _open_part(self, part: MediaPart, limits: Limits, stack: ExitStack) -> _Medium:
         medium = stack.enter_context(open_medium(part.source, limits))
-        check_kind(part, medium)
         openers = {"image": self._open_image, "audio": self._open_audio, "video": self._open_video}
-        return openers[part.kind](part, medium, limits)
+        return openers[kind_of(part, medium)](part, medium, limits)
 
     def _open_image(self, part: MediaPart, medium: Medium, limits: Limits) -> _Medium:
         # Decoded for its size, which its orientation may turn, and forgotten until it is encoded.

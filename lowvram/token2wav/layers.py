@@ -1,7 +1,7 @@
 """One decoder layer of the DiT, taken apart where blocks of frames see one another.
 
-Projection and output work row by row, so rows of different evaluations may lie side by side. What needs neighbours
-is a `Border`: the frames that wait for the block ahead, the keys and values that the next block looks back on.
+Projection and output work row by row. What needs neighbours is a `Border`: the frames that wait for the block ahead,
+the keys and values that the next block looks back on.
 
 Weights may be of lower precision than rows: products are taken in the weights' dtype, everything between in the rows'.
 """
@@ -41,7 +41,7 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def project(layer: Any, modulation: Tensor, rows: Tensor, turn: Tensor) -> Heads:
     """Rows [G, F, H] and their rotary table [F, D] to heads, by a `DiTDecoderLayer`.
 
-    `modulation` [2, H] or [2, F, H] is the attention's shift and scale.
+    `modulation` [2, H] is the attention's shift and scale.
     """
     attention, (shift, scale) = layer.attn, modulation
     rows = (layer.attn_norm.norm(rows) * (1 + scale) + shift).to(attention.to_q.weight.dtype)
@@ -55,7 +55,7 @@ def project(layer: Any, modulation: Tensor, rows: Tensor, turn: Tensor) -> Heads
 def output(layer: Any, modulation: Tensor, rows: Tensor, attended: Tensor) -> Tensor:
     """What the layer makes of rows [G, F, H] that have attended [G, heads, F, D].
 
-    `modulation` [4, H] or [4, F, H] is the attention's gate and the feed-forward's shift, scale and gate.
+    `modulation` [4, H] is the attention's gate and the feed-forward's shift, scale and gate.
     """
     gate, shift, scale, ff_gate = modulation
     rows = rows + gate * layer.attn.to_out[0](attended.transpose(1, 2).flatten(2))

@@ -256,10 +256,9 @@ def test_half_precision_halves_the_layers_of_the_dit_alone(seven_b: Footprint):
     assert single.weights_bytes - half.weights_bytes == seven_b.device_bytes("dit") - halved.device_bytes("dit")
 
 
-def test_offload_makes_room_for_all_evaluations_at_once(seven_b: Footprint):
-    assert seven_b.sound is not None
+def test_offload_computes_with_one_evaluation_at_a_time_beside_the_rows_and_queues_of_the_others(seven_b: Footprint):
     planned_bytes = [sounding(seven_b, 4, speech_mode=mode).activation_bytes for mode in ("exact", "offload")]
-    assert planned_bytes[1] > 2.5 * planned_bytes[0]
+    assert planned_bytes[0] < planned_bytes[1] < 1.1 * planned_bytes[0]
 
 
 # Streaming

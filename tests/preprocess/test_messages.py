@@ -53,6 +53,8 @@ def test_parts_keep_their_order():
         ({"type": "image", "image": bytearray(b"BM")}, "image", b"BM"),
         ({"type": "video", "video": ["1.png", "2.png"]}, "video", ["1.png", "2.png"]),
         ({"type": "video_url", "video_url": {"url": "http://x/a.mp4"}}, "video", "http://x/a.mp4"),
+        ({"type": "file", "file": "a.mp4"}, "file", "a.mp4"),
+        ({"type": "file", "url": "http://x/a.mp4"}, "file", "http://x/a.mp4"),
     ],
 )
 def test_every_spelling_of_a_medium_is_understood(part: dict, kind: str, source: object):
@@ -128,6 +130,7 @@ def test_a_message_that_makes_no_sense_is_named(messages: object, complaint: str
         ({"type": "video", "video": {"file": "a"}}, "a source without url or data"),
         ({"type": "video", "video": "a", "max_pixel": 9}, "the unknown key 'max_pixel'"),
         ({"type": "audio", "audio": "a", "resized_height": 9}, "the unknown key 'resized_height'"),
+        ({"type": "file", "file": "a", "fps": 1}, r"part 1 \(file\) has the unknown key 'fps' \(options need a type"),
         ({"type": "video", "video": "a", "fps": "2"}, "has fps '2', but must be a number"),
         ({"type": "video", "video": "a", "fps": True}, "has fps True, but must be a number"),
         ({"type": "video", "video": "a", "fps": -1}, "message 1, part 1: fps is -1"),

@@ -115,6 +115,15 @@ def test_what_is_measured_is_what_is_opened(preprocessor: Preprocessor, sounding
     assert [medium.tokens for medium in shape.media] == [77, 420 + 75, 112]
 
 
+def test_a_file_is_what_its_content_is(preprocessor: Preprocessor, sounding: Path):
+    said = {"video": sounding, "image": picture(), "audio": tone(1.0)}
+    by_kind = user(*({"type": kind, kind: source} for kind, source in said.items()))
+    as_files = user(*({"type": "file", "file": source} for source in said.values()))
+    with preprocessor.open(by_kind) as expected, preprocessor.open(as_files) as prompt:
+        assert prompt.shape == expected.shape
+        assert torch.equal(prompt.inputs.input_ids, expected.inputs.input_ids)
+
+
 def test_rows_hold_the_placeholders_of_their_medium(preprocessor: Preprocessor, sounding: Path, silent: Path):
     messages = user(
         {"type": "video", "video": silent}, {"type": "image", "image": picture()}, {"type": "video", "video": sounding}
