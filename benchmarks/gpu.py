@@ -71,13 +71,13 @@ WARM_CODES = 8
 TRACE_BYTES = 5 * 2**28
 """Of a process that traces: one of 60 s in 8 GiB took 1.08 GiB at its peak, most of it libraries."""
 
-GIVE_UP_S = 400
+GIVE_UP_S = 900
+"""On a program that hangs. The card's tests alone, some 60 answers of 100,000 operators each, may take half of it."""
+
 TOLD_CHARACTERS = 8000
 """Of what a program printed: a card may be lent once, and what failed there must be understood afterwards."""
 
-FAILURES = (
-    LowVRAMError, RuntimeError, AssertionError, ArithmeticError, LookupError, OSError, subprocess.TimeoutExpired
-)  # fmt: skip
+FAILURES = (LowVRAMError, RuntimeError, AssertionError, ArithmeticError, LookupError, OSError)
 """What a section may end in: a card's own errors, an answer that ended too soon to be timed, a full disk."""
 
 
@@ -169,7 +169,7 @@ def overhead(bench: Bench) -> dict[str, float]:
     """Microseconds of Python that the executor adds to a decoded token while all its weights stay: each block entered
     and left, and each step asked for."""
     with bench.open() as omni:
-        machine, workload = omni._machine, omni._workload(omni.measure(QUESTION), SAMPLING, SPEECH, None)
+        machine, workload = omni._machine, omni._workload(omni.measure(QUESTION).size, SAMPLING, SPEECH, None)
         replan = partial(omni._plan, workload)
         plan = replan(omni.budget)
         room = Room(machine.residency, machine.device, machine.trim, Control(omni.budget), plan, replan)
@@ -339,20 +339,26 @@ def _pytest(bench: Bench, *arguments: str, environment: Mapping[str, str] | None
 def _python(
     *arguments: str, environment: Mapping[str, str] | None = None, give_up_s: float = GIVE_UP_S
 ) -> dict[str, Any]:
-    """A Python program's exit code, and what it printed: parsed if it is JSON, else its end."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=give_up_s,
-    )
+    """A Python program's exit code, and what it printed: parsed if it is JSON, else its end. One that is not done in
+    time has failed, and what it had printed by then is told, too."""
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            timeout=give_up_s,
+        )
+    except subprocess.TimeoutExpired as late:
+        return {"failed": f"not done after {give_up_s:g} s", "printed": _end(late.stdout) + _end(late.stderr)}
     try:
         printed: Any = json.loads(done.stdout)
     except ValueError:
-        printed = done.stdout[-TOLD_CHARACTERS:] + done.stderr[-TOLD_CHARACTERS:]
+        printed = _end(done.stdout) + _end(done.stderr)
     return {"exit_code": done.returncode, "printed": printed}
+
+
+def _end(printed: bytes | None) -> str:
+    return (printed or b"").decode("utf-8", "replace")[-TOLD_CHARACTERS:]
 
 
 _PACKAGES = {"needed": NEEDED, "optional": OPTIONAL}
@@ -394,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections, print them as they come, keep all in one file; 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="a checkpoint's folder (default: made on the spot)")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu; of several cards CUDA_VISIBLE_DEVICES chooses")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
     parser.add_argument("--minutes", type=float, default=7.0, help="when memory begins no further row (default: 7)")
     parser.add_argument("-o", "--output", type=Path, help="keep the JSON in this file")

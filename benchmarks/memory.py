@@ -9,8 +9,9 @@ each length and each budget the real code runs on tensors without data, at the p
 about half a minute a row; `-o` is written after each, and `--resume` goes on where that file ends. What torch's
 allocator would reserve for those tensors is simulated, and how often it would have to give back what is free to stay
 within the budget. With `--weights` (a folder or hub id) and a CUDA card it measures the same turns, too, on made-up
-clips, while other processes trace (`--jobs`). Planned, traced, simulated and measured never share a column, and no
-column includes the plan's reserve.
+clips, while other processes trace (`--jobs`); a budget beyond what is free there is not measured, and a turn that fails
+makes the exit code 1. Planned, traced, simulated and measured never share a column, and no column includes the plan's
+reserve.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from transformers.utils import logging
 
 from lowvram import LowVRAMError, OmniRuntime, SamplingParams, SpeechParams
 from lowvram.checkpoint import Headers
-from lowvram.device import open_device
+from lowvram.device import Device, open_device
 from lowvram.errors import InfeasibleBudgetError, OptionError
 from lowvram.model import OmniModel
 from lowvram.offload.budget import Budget, format_bytes
@@ -178,14 +179,20 @@ def _skeleton(name: str) -> tuple[Headers, OmniModel, Footprint]:
 
 def measure_on_card(weights: str, cell: Cell, sampling: SamplingParams, speech: SpeechParams | None) -> dict[str, Any]:
     """What torch's CUDA allocator says of the turn that was planned, to be merged into its row: peaks of tensors and of
-    what was reserved for them by phase, and how often it had to give back what was free; or how the turn failed.
+    what was reserved for them by phase, and how often it had to give back what was free; or why there is no such turn
+    on this card, or how it failed.
 
     The answer may end sooner than planned for; caches are allocated whole.
     """
-    meter = AllocatorMeter(open_device("cuda").torch)
+    device, budget = open_device("cuda"), Budget.of(cell.budget)
+    if (budget.vram_bytes or 0) > device.free_bytes:  # the runtime would make do with less than the row says
+        return {"not_measured": f"{format_bytes(device.free_bytes)} are free on {device.title}"}
+    meter = AllocatorMeter(device.torch)
     retries_before = torch.cuda.memory_stats().get("num_alloc_retries", 0)
     try:
-        _answer_about_gray(weights, cell, meter, sampling, speech)
+        _answer_about_gray(weights, cell, device, meter, sampling, speech)
+    except InfeasibleBudgetError as error:
+        return {"refused": str(error)}
     except (LowVRAMError, RuntimeError) as error:
         return {"failed": f"{type(error).__name__}: {error}"}
     return {
@@ -195,11 +202,11 @@ def measure_on_card(weights: str, cell: Cell, sampling: SamplingParams, speech: 
 
 
 def _answer_about_gray(
-    weights: str, cell: Cell, meter: Meter, sampling: SamplingParams, speech: SpeechParams | None
+    weights: str, cell: Cell, device: Device, meter: Meter, sampling: SamplingParams, speech: SpeechParams | None
 ) -> None:
     with (
         TemporaryDirectory() as folder,
-        OmniRuntime.open(weights, vram=cell.budget, limits=Limits(kv=cell.kv), device="cuda", meter=meter) as omni,
+        OmniRuntime.open(weights, vram=cell.budget, limits=Limits(kv=cell.kv), device=device, meter=meter) as omni,
     ):
         clip = Path(folder) / "clip.mp4"
         write_clip(clip, cell.seconds)
@@ -224,12 +231,14 @@ def row_lines(row: dict[str, Any]) -> Iterator[str]:
         )
         yield f"{head}  {phase:24}{cells}  {planned_bytes / columns[TRACED][phase]:6.3f}"
         yield from (f"{'':25}{line}" for line in row.get("largest", {}).get(phase, ()))
-    if "failed" in row:
-        yield f"{head}  failed on the card: {row['failed']}"
+    for word, how in (("not_measured", "not measured on the card"), ("failed", "failed on the card")):
+        if word in row:
+            yield f"{head}  {how}: {row[word]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure or trace, print, and keep the result if asked; returns the exit code."""
+    """Measure or trace, print, and keep the result if asked; returns the exit code, which is 1 where a turn failed on
+    the card."""
     chosen = _parser().parse_args(arguments)
     logging.set_verbosity_error()
     try:
@@ -240,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.output:
         write_result(chosen.output, result)
     print(json.dumps(result) if chosen.json else "\n".join(lines))
-    return 0
+    return int(any("failed" in row for row in result.get("rows", ())))
 
 
 def _parser() -> argparse.ArgumentParser:

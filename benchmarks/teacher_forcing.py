@@ -22,6 +22,7 @@ from torch import Tensor
 from lowvram import AudioChunk, OmniRuntime, SamplingParams, SpeechParams
 from lowvram.flow import ModelInputs
 from lowvram.options import TALKER_SAMPLING, MediaParams
+from lowvram.recall import Reading
 from lowvram.room import Control
 from lowvram.runtime import RECITING
 from lowvram.sampling import Sampler
@@ -41,7 +42,7 @@ class Said:
     samples: np.ndarray
 
 
-class Reading(Turn):
+class Reader(Turn):
     """A turn asked for what it reads: `hidden` [T, H] are the thinker's final hidden states at every row."""
 
     def __post_init__(self) -> None:
@@ -126,9 +127,9 @@ def say(omni: OmniRuntime, words: str, codes: Sequence[int] | None = None, *, ma
     messages = [{"role": "user", "content": f"{RECITING}\n\n{words}"}]
     voice = omni._choose_voice(speech)
     with omni.preprocessor.open(messages, MediaParams(), omni.limits) as prompt:
-        workload = omni._workload(prompt.shape, sampling, speech, voice)
+        workload = omni._workload(prompt.shape.size, sampling, speech, voice)
         replan = partial(omni._plan, workload)
-        request = Request(prompt.inputs, replan(omni.budget), replan, sampling, speech, voice, reply)
+        request = Request(Reading(prompt.inputs), replan(omni.budget), replan, sampling, speech, voice, reply)
         turn = Dictation(omni._machine, request, Control(omni.budget), time.perf_counter())
         turn.codes = codes
         chunks = [event.samples for event in omni._steps(turn) if isinstance(event, AudioChunk)]
@@ -153,8 +154,8 @@ def _read(
     sampling = SamplingParams(max_tokens=1)
     workload = turn_of(len(inputs.input_ids), grids, audio_windows, sampling, None, omni.limits.kv)
     replan = partial(omni._plan, workload)
-    request = Request(inputs, replan(omni.budget), replan, sampling, SpeechParams(), None)
-    turn = Reading(omni._machine, request, Control(omni.budget), time.perf_counter())
+    request = Request(Reading(inputs), replan(omni.budget), replan, sampling, SpeechParams(), None)
+    turn = Reader(omni._machine, request, Control(omni.budget), time.perf_counter())
     for _ in omni._steps(turn):
         pass
     return turn.hidden

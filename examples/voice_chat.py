@@ -99,7 +99,7 @@ def talk(options: argparse.Namespace) -> int:
     status = 0
     if not options.questions:
         find_microphone()  # before a model is opened
-    with OmniRuntime.open(options.model, vram=options.vram) as omni:
+    with OmniRuntime.open(options.model, vram=options.vram, remember="auto") as omni:
         chat = VoiceChat(omni, places_for_speech(Path()), options.max_tokens)
         # Unbuffered: at exit a thread that waits inside a buffered stdin would hold its lock, which Python must have.
         enter = EnterKey(io.FileIO(0, closefd=False), chat.interrupt)

@@ -41,6 +41,7 @@ from .flags import (
     Quantizing,
     Question,
     Quiet,
+    Remember,
     ShowPlan,
     Sight,
     SpeakText,
@@ -80,7 +81,8 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    app()
+    with exit_codes():  # for Ctrl-C before a command begins
+        app()
 
 
 def _nowhere() -> TextIO:
@@ -169,6 +171,7 @@ def chat(
     media: MediaArgument = None,
     play: Play = False,
     voice: VoiceName = None,
+    remember: Remember = "auto",
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -180,7 +183,9 @@ def chat(
             spoken = SpeechParams(voice=voice, mode="balanced") if play else None
         said = Chat(lambda source: open_part(source, limits, stack), media or [], question.system)
         with progress_shown(quiet, verbose) as progress:
-            runtime = stack.enter_context(open_runtime(model, memory, machine, limits, progress, verbose))
+            kept = None if remember == "none" else remember
+            opened = open_runtime(model, memory, machine, limits, progress, verbose, remember=kept)
+            runtime = stack.enter_context(opened)
         for line in typed_lines(question.prompt):
             with told_and_forgotten(verbose), progress_shown(quiet, verbose) as progress:
                 if messages := said.take(line):

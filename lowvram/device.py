@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
@@ -31,7 +31,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class Device:
     """An opened device, what it is called, and the memory on it that is free for this process now (bytes).
 
-    On a GPU that includes the context which opening has just made: plans count it as ours.
+    On a GPU that includes the context which opening has just made: plans count it as ours. Where the application has
+    set a memory fraction, what that leaves is free, and no more.
     """
 
     torch: torch.device
@@ -82,8 +83,7 @@ class MemoryCap:
             yield
             return
         share = _Share(self._others_bytes, max(0, budget_bytes - CONTEXT_BYTES))
-        with _finding:
-            fraction = _fraction_of(self._device)
+        fraction = _fraction_of(self._device)
         fraction.lend(share)
         try:
             yield
@@ -110,10 +110,16 @@ class _Fraction:
         self._shares: list[_Share] = []
         self._before = 1.0
 
+    @property
+    def allowed_bytes(self) -> int:
+        """What the application lets the whole process take, whatever is lent of it at the moment."""
+        with self._lock:
+            return int(self._total_bytes * (self._before if self._shares else self._now()))
+
     def lend(self, share: _Share) -> None:
         with self._lock:
             if not self._shares:
-                self._before = torch.cuda.get_per_process_memory_fraction(self._device)
+                self._before = self._now()
             self._shares.append(share)
             self._set()
 
@@ -121,6 +127,9 @@ class _Fraction:
         with self._lock:
             self._shares.remove(share)
             self._set()
+
+    def _now(self) -> float:
+        return torch.cuda.get_per_process_memory_fraction(self._device)
 
     def _set(self) -> None:
         fraction = self._before
@@ -132,13 +141,17 @@ class _Fraction:
         torch.cuda.set_per_process_memory_fraction(fraction, self._device)
 
 
-@cache
 def _fraction_of(device: torch.device) -> _Fraction:
+    with _finding:  # two threads that both were the first would each get a fraction of their own
+        return _only_fraction_of(device)
+
+
+@cache
+def _only_fraction_of(device: torch.device) -> _Fraction:
     return _Fraction(device)
 
 
 _finding = Lock()
-"""Two threads that both were the first would each get a fraction of their own."""
 
 
 def _taken_bytes(device: torch.device) -> int:
@@ -149,48 +162,68 @@ def _taken_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def exact_convolutions(device: torch.device) -> Iterator[None]:
-    """Inside, convolutions of float32 are computed in float32 on CUDA, too.
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """Inside, convolutions and matrix products of float32 are computed in float32 on CUDA, too; nor does an
+    application's autocast choose the precision of anything.
 
-    By torch's default cuDNN rounds their factors to TF32 (11 bits) on Ampere cards and later, which costs a vocoder as
-    much as half precision would: 46 to 56 dB are left. The switch is the process's, and is as it was when all of those
-    that are inside at once have left; meanwhile torch refuses to read its older form, `cudnn.allow_tf32`.
+    By torch's default cuDNN rounds the factors of convolutions to TF32 (11 bits) on Ampere cards and later, which costs
+    a vocoder as much as half precision would: 46 to 56 dB are left. Many an application lets cuBLAS do so, which would
+    blur even the positions behind rotary angles, beyond 2048. The switches are the process's, and are as they were when
+    all of those that are inside at once have left; meanwhile torch refuses to read the older form, `allow_tf32`, of one
+    that was switched.
     """
-    if device.type != "cuda":
-        yield
-        return
-    _convolutions.enter()
-    try:
-        yield
-    finally:
-        _convolutions.leave()
+    with _without_autocast(device):
+        if device.type != "cuda":
+            yield
+            return
+        with _convolutions.exact(), _matrix_products.exact():
+            yield
 
 
-class _Convolutions:
-    """The precision of convolutions on CUDA, of which torch keeps one for the whole process."""
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
 
-    _cudnn: Any = torch.backends.cudnn  # whose types do not say all that it has
 
-    def __init__(self) -> None:
+ROUNDED, EXACT = "tf32", "ieee"
+"""Torch's names for float32 with factors of 11 bits, and for float32 as it is written."""
+
+
+class _Float32:
+    """How CUDA computes one kind of products in float32, of which torch keeps one setting for the whole process."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
         self._lock = Lock()
         self._inside = 0
-        self._before = ""
+        self._is_switched = False
 
-    def enter(self) -> None:
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """As it is written, until the last of those inside has left."""
+        self._enter()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _enter(self) -> None:
         with self._lock:
-            if not self._inside:
-                self._before = self._cudnn.conv.fp32_precision
-                self._cudnn.conv.fp32_precision = "ieee"
+            if not self._inside and self._kind.fp32_precision == ROUNDED:
+                self._kind.fp32_precision, self._is_switched = EXACT, True
             self._inside += 1
 
-    def leave(self) -> None:
+    def _leave(self) -> None:
         with self._lock:
             self._inside -= 1
-            if not self._inside:
-                self._cudnn.conv.fp32_precision = self._before
+            if not self._inside and self._is_switched:
+                self._is_switched = False
+                if self._kind.fp32_precision == EXACT:  # else another thread has set it meanwhile
+                    self._kind.fp32_precision = ROUNDED
 
 
-_convolutions = _Convolutions()
+_backends: Any = torch.backends  # whose types do not say all that it has
+_convolutions, _matrix_products = _Float32(_backends.cudnn.conv), _Float32(_backends.cuda.matmul)
 
 
 def choose_dtype(name: str, device: torch.device, stored: str | None) -> torch.dtype:
@@ -225,11 +258,16 @@ def _is_before_ampere(device: torch.device) -> bool:
 
 
 def _cpu() -> Device:
-    import psutil
-
     threads = torch.get_num_threads()
     title = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    return Device(torch.device("cpu"), title, psutil.virtual_memory().available)
+    return Device(torch.device("cpu"), title, free_ram_bytes())
+
+
+def free_ram_bytes() -> int:
+    """What the system could give a process without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _cuda(device: torch.device) -> Device:
@@ -249,6 +287,7 @@ def _cuda(device: torch.device) -> Device:
         opened = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         _compute(opened)
         free_bytes, total_bytes = torch.cuda.mem_get_info(opened)
+        left_bytes = max(0, _fraction_of(opened).allowed_bytes - torch.cuda.memory_reserved(opened))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise BackendError(
@@ -258,7 +297,7 @@ def _cuda(device: torch.device) -> Device:
             hint="close what fills the card, install the build of torch for this card and driver, or --device cpu",
         ) from error
     title = f"{torch.cuda.get_device_name(opened)}, {format_bytes(total_bytes)}"
-    return Device(opened, title, min(free_bytes + CONTEXT_BYTES, total_bytes))
+    return Device(opened, title, min(min(free_bytes, left_bytes) + CONTEXT_BYTES, total_bytes))
 
 
 def _compute(device: torch.device) -> None:

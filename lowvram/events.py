@@ -49,7 +49,8 @@ class Finished:
 
     `speech_finish_reason` is None when no speech was asked for. `audio_rtf` is the time that speech took, from its
     first code to its last sample, by its length (None without sound; below 1 is faster than real time), and
-    `audio_underrun_s` the silence that a listener met who began with the first sound.
+    `audio_underrun_s` the silence that a listener met who began with the first sound. `recalled_tokens` at the
+    beginning of the prompt were known from the turn before (`OmniRuntime.open`, `remember`).
 
     `timings` are seconds: spent in all on `load`, `encode`, `prefill`; and since the turn began at the first word
     (`ttft`) and the last token (`text`), the talker's beginning (`talk`) and its last code (`codes`), the first sound
@@ -66,6 +67,7 @@ class Finished:
     sample_rate_hz: int
     audio_rtf: float | None = None
     audio_underrun_s: float = 0.0
+    recalled_tokens: int = 0
     timings: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, object] = field(default_factory=dict)
 

@@ -32,6 +32,15 @@ Quiet = Annotated[bool, flag("-q", "--quiet", panel=OUT, help="Nothing on stderr
 Verbose = Annotated[
     bool, flag("-v", "--verbose", panel=OUT, help="Tell more: what computes, all warnings, where an error came from.")
 ]
+Remember = Annotated[
+    str,
+    flag(
+        "--remember",
+        panel=RUN,
+        show_default="auto: a quarter of --ram, or of what is free",
+        help="Host memory for what was read so far, so that a line costs no second reading of all before it; or none.",
+    ),
+]
 DryRun = Annotated[bool, flag("--dry-run", panel=OUT, help="Count the prompt's tokens and stop.")]
 ShowPlan = Annotated[bool, flag("--plan", panel=OUT, help="Show how memory would be used here and stop.")]
 Trace = Annotated[

@@ -22,12 +22,14 @@ class VisualInput:
 
     `grid` counts patches (temporal, height, width); `rows` [n] are its positions in the prompt, in the order in which
     the encoder returns features. `patches()` yields one temporal patch at a time, [height*width, 3*2*14*14] float32,
-    patches in merge order as `Qwen2VLImageProcessor` lays them out; each call decodes anew.
+    patches in merge order as `Qwen2VLImageProcessor` lays them out; each call decodes anew. `content()`, where it is
+    given, tells what they are made from, sooner than they would: two inputs that it names alike have the same patches.
     """
 
     grid: tuple[int, int, int]
     rows: Tensor
     patches: Callable[[], Iterator[Tensor]]
+    content: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,23 @@ class KVCache:
         assert length >= 0, length
         self._filled = [min(filled, length) for filled in self._filled]
 
+    def first(self, n_tokens: int) -> tuple[Tensor, ...]:
+        """A copy on the host of the first `n_tokens` positions, which all layers hold, for `resume`."""
+        shapes = [(*store.shape[:-2], n_tokens, store.shape[-1]) for store in self._stores]
+        kept = tuple(
+            torch.empty(shape, dtype=store.dtype, device="cpu")
+            for shape, store in zip(shapes, self._stores, strict=True)
+        )
+        for source, target in zip(self._stores, kept, strict=True):
+            _copy_positions(source, target, n_tokens)
+        return kept
+
+    def resume(self, kept: tuple[Tensor, ...], n_tokens: int) -> None:
+        """Begin with the first `n_tokens` positions of what `first` gave of a cache like this one."""
+        for source, target in zip(kept, self._stores, strict=True):
+            _copy_positions(source, target, n_tokens)
+        self._filled = [n_tokens] * len(self._filled)
+
     def stretch(self, n_tokens: int) -> Stretch:
         """The next `n_tokens` positions, or as many as there are, for decode steps of one shape. Not for 8 bits."""
         (store,) = self._stores
@@ -143,11 +160,16 @@ class KVCache:
     def _moved(self, store: Tensor, device: torch.device) -> Tensor:
         if store.device == device:
             return store
-        moved, filled = torch.empty_like(store, device=device), max(self._filled)
-        # Head by head, since torch stages a copy with gaps in new memory, of which a device that is left has none.
-        for source, target in zip(store.flatten(0, 3), moved.flatten(0, 3), strict=True):
-            target[:filled].copy_(source[:filled])
+        moved = torch.empty_like(store, device=device)
+        _copy_positions(store, moved, max(self._filled))
         return moved
+
+
+def _copy_positions(source: Tensor, target: Tensor, n_tokens: int) -> None:
+    """The first positions of one store [n_layers, 2, 1, Hkv, T, W] into another, of another T."""
+    # Head by head, since torch stages a copy with gaps in new memory, of which a device that is left has none.
+    for heads, place in zip(source.flatten(0, 3), target.flatten(0, 3), strict=True):
+        place[:n_tokens].copy_(heads[:n_tokens])
 
 
 class Stretch:

@@ -53,6 +53,7 @@ def open_runtime(
     progress: Listener,
     verbose: bool,
     meter: Meter | None = None,
+    remember: str | None = None,
 ) -> OmniRuntime:
     """The runtime that the flags name, its download shown; to whoever wants more, what will compute is told."""
     from .runtime import OmniRuntime
@@ -70,6 +71,7 @@ def open_runtime(
         limits=limits,
         meter=meter,
         on_download=download_shown(progress),
+        remember=remember,
     )
     if verbose:
         progress.say(f"kernel {runtime.kernel} on {runtime.device.title}")

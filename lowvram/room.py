@@ -45,6 +45,10 @@ WORDS_OF_LIBRARIES = (
 Torch tries every convolution that cuDNN has, passes over those without room, and reports that none is left."""
 
 
+def forget(cache: KVCache) -> None:
+    """Keep nothing of a cache."""
+
+
 class Cancelled(Exception):  # noqa: N818 (an ending, not an error)
     """Ends a turn between two steps. Raised and caught inside a turn; no caller meets it."""
 
@@ -130,6 +134,7 @@ class Room:
         self._budget = _budget_of(plan, control.budget)
         self._loading: Iterator[tuple[int, int]] = iter(())
         self._caches: dict[str, KVCache] = {}
+        self._keepers: dict[str, Callable[[KVCache], None]] = {}
         self._captures: list[Callable[[], None]] = []
         self._is_loading = self._was_away = False
         self._terms: Terms | None = None
@@ -194,10 +199,10 @@ class Room:
         finally:
             self._is_loading = False
 
-    def hold(self, stage: str, make_cache: Callable[[], KVCache]) -> KVCache:
-        """A stage's cache, on the device whenever its phase is."""
+    def hold(self, stage: str, make_cache: Callable[[], KVCache], keep: Callable[[KVCache], None] = forget) -> KVCache:
+        """A stage's cache, on the device whenever its phase is. `keep` sees it, wherever it is, before it is let go."""
         cache = self.attempt(make_cache, stage=stage)
-        self._caches[stage] = cache
+        self._caches[stage], self._keepers[stage] = cache, keep
         return cache
 
     def before_moving(self, drop: Callable[[], None]) -> None:
@@ -254,7 +259,8 @@ class Room:
         """The turn is over: only residents stay, or nothing if the device was asked back."""
         self._drop_captures()
         self._captures.clear()
-        self._caches.clear()
+        for stage in [*self._caches]:
+            self._let_go_of(stage)
         self._residency.leave()
         if self._control.released:
             self._residency.release()
@@ -378,7 +384,10 @@ class Room:
         """What is held for stages that are over."""
         self._drop_captures()
         for stage in self._caches.keys() & self._over:
-            del self._caches[stage]
+            self._let_go_of(stage)
+
+    def _let_go_of(self, stage: str) -> None:
+        self._keepers.pop(stage)(self._caches.pop(stage))
 
     def _drop_captures(self) -> None:
         for drop in self._captures:

@@ -17,11 +17,12 @@ from types import TracebackType
 from typing import Any
 
 from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, open_checkpoint, stored_dtype
-from .device import Device, MemoryCap, choose_dtype, exact_convolutions, open_device
+from .device import Device, MemoryCap, choose_dtype, exact_arithmetic, free_ram_bytes, open_device
 from .errors import CheckpointError, LowVRAMError, OptionError
 from .events import Event, Finished
+from .flow import ModelInputs
 from .model import OmniModel, build_model
-from .offload.budget import Budget
+from .offload.budget import Budget, format_bytes, parse_bytes
 from .offload.footprint import Footprint, read_footprint
 from .offload.meter import Meter, open_meter
 from .offload.plan import Plan, plan_memory
@@ -29,7 +30,9 @@ from .offload.plan import Turn as Workload
 from .offload.residency import Residency
 from .options import Limits, MediaParams, SamplingParams, SpeechParams, require_options
 from .preprocess import Preprocessor, PromptShape
+from .preprocess.counts import PromptSize, audio_windows
 from .quant.matmul import choose_backend
+from .recall import Reading, Recall
 from .room import Control
 from .token2wav.conditioning import Setting, Speaker
 from .turn import Machine, Request, Turn, Voice
@@ -64,6 +67,7 @@ class OmniRuntime:
         budget: Budget,
         limits: Limits,
         device: Device,
+        recall: Recall,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
@@ -75,6 +79,7 @@ class OmniRuntime:
         self._voices = voices
         self.preprocessor = preprocessor
         self._footprint = footprint
+        self._recall = recall
         self._answering = threading.Lock()
         self._stepping = threading.Lock()
         self._telling = threading.Lock()
@@ -97,6 +102,7 @@ class OmniRuntime:
         limits: Limits | None = None,
         meter: Meter | None = None,
         on_download: Callable[[int, int | None], None] | None = None,
+        remember: str | int | None = None,
     ) -> OmniRuntime:
         """Open a checkpoint: a hub id, a folder, or `demo`.
 
@@ -105,9 +111,12 @@ class OmniRuntime:
         `meter` notes memory by phase; by default a GPU's allocator does. `on_download` is told of bytes so far
         and in all, from the threads that download; what it raises ends the download and comes out here. Raises
         CheckpointError, BackendError, OptionError.
+
+        `remember` is host memory ("4GiB"; "auto": a quarter of `ram`, or of what is free) for what was read of the last
+        prompt: one that begins alike, as a conversation's do, is read from where it differs. It is taken from `ram`.
         """
         require_options(limits=limits)
-        asked = Budget.of(vram, ram)
+        asked, remembered_bytes = _parted(Budget.of(vram, ram), remember)
         opened = device if isinstance(device, Device) else open_device(device)
         checkpoint = open_checkpoint(_demo_or(model), revision=revision, on_progress=on_download)
         compute = choose_dtype(dtype, opened.torch, stored_dtype(checkpoint.config))
@@ -130,7 +139,17 @@ class OmniRuntime:
             detokenize=preprocessor.detokenize,
         )
         return cls(
-            checkpoint, reader, built, machine, voices, preprocessor, footprint, budget, limits or Limits(), opened
+            checkpoint,
+            reader,
+            built,
+            machine,
+            voices,
+            preprocessor,
+            footprint,
+            budget,
+            limits or Limits(),
+            opened,
+            Recall(remembered_bytes),
         )
 
     @property
@@ -171,7 +190,7 @@ class OmniRuntime:
         voice = self._choose_voice(speech)
         shape = self.measure(messages or [{"role": "user", "content": "?"}], media=media)
         return self._plan(
-            self._workload(shape, sampling or SamplingParams(), speech or DEFAULT_SPEECH, voice), self.budget
+            self._workload(shape.size, sampling or SamplingParams(), speech or DEFAULT_SPEECH, voice), self.budget
         )
 
     def generate(
@@ -303,9 +322,10 @@ class OmniRuntime:
             started_s = time.perf_counter()
             self._heed(control)
             with self.preprocessor.open(messages, media or MediaParams(), self.limits) as prompt:
-                workload = self._workload(prompt.shape, sampling, speech, voice)
+                reading = self._reading(prompt.inputs, voice, is_given=reply is not None)
+                workload = self._workload(self._size(reading), sampling, speech, voice)
                 replan = partial(self._plan, workload)
-                request = Request(prompt.inputs, replan(self.budget), replan, sampling, speech, voice, reply)
+                request = Request(reading, replan(self.budget), replan, sampling, speech, voice, reply)
                 finished = yield from self._steps(Turn(self._machine, request, control, started_s))
         finally:
             self._answering.release()
@@ -344,7 +364,7 @@ class OmniRuntime:
     @contextmanager
     def _lend(self, held_bytes: int, budget_bytes: int) -> Iterator[None]:
         """What is the whole process's, and a turn's while it computes."""
-        with exact_convolutions(self.device.torch), MemoryCap(self.device.torch, held_bytes).at(budget_bytes):
+        with exact_arithmetic(self.device.torch), MemoryCap(self.device.torch, held_bytes).at(budget_bytes):
             yield
 
     def _adapt(self) -> None:
@@ -364,11 +384,21 @@ class OmniRuntime:
         device = self.device.torch.type
         return plan_memory(self._footprint, budget, self.limits, workload, device=device, over=over, begun=begun)
 
+    def _reading(self, inputs: ModelInputs, voice: Voice | None, *, is_given: bool) -> Reading:
+        """How a prompt is read. One whose answer `is_given` is no part of a conversation, and leaves what is known."""
+        return Reading(inputs) if is_given else self._recall.reading(inputs, talks=voice is not None)
+
+    def _size(self, reading: Reading) -> PromptSize:
+        """What a prompt takes: its tokens, which are all held, and the media that are yet to be encoded."""
+        grids = tuple(visual.grid for visual in reading.visuals)
+        frames = self._model.hearing.window_frames
+        windows = sum(audio_windows(audio.mel.shape[-1], frames) for audio in reading.audios)
+        return len(reading.inputs.input_ids), grids, windows
+
     def _workload(
-        self, shape: PromptShape, sampling: SamplingParams, speech: SpeechParams, voice: Voice | None
+        self, size: PromptSize, sampling: SamplingParams, speech: SpeechParams, voice: Voice | None
     ) -> Workload:
-        prompt = (shape.prompt_tokens, shape.grids, shape.audio_windows)
-        turn = turn_of(*prompt, sampling, speech if voice else None, self.limits.kv)
+        turn = turn_of(*size, sampling, speech if voice else None, self.limits.kv)
         if voice is None:
             return turn
         is_known = Setting.of(voice.name, speech) in self._machine.conditionings
@@ -386,6 +416,7 @@ class OmniRuntime:
         return self._voices[name]
 
     def _free(self) -> None:
+        self._recall.last = None
         self._machine.residency.release()
         self._model.close()
         self._reader.close()
@@ -436,6 +467,22 @@ def _stop_ids(checkpoint: Checkpoint, preprocessor: Preprocessor) -> frozenset[i
     named = [place.get("eos_token_id") for place in places]
     ids = {i for value in named if value is not None for i in (value if isinstance(value, list) else [value])}
     return frozenset(ids | preprocessor.stop_ids)
+
+
+def _parted(asked: Budget, remember: str | int | None) -> tuple[Budget, int]:
+    """The budget without what is remembered in, and that. Raises OptionError where nothing of the RAM would be left."""
+    if remember is None:
+        return asked, 0
+    ram_bytes = asked.ram_bytes
+    kept_bytes = (ram_bytes or free_ram_bytes()) // 4 if remember == "auto" else parse_bytes(remember)
+    if ram_bytes is None:
+        return asked, kept_bytes
+    if kept_bytes >= ram_bytes:
+        raise OptionError(
+            f"{format_bytes(kept_bytes)} to remember in leave nothing of {format_bytes(ram_bytes)} of RAM",
+            hint="remember less, or name more RAM",
+        )
+    return replace(asked, ram_bytes=ram_bytes - kept_bytes), kept_bytes
 
 
 def _granted(asked: Budget, device: Device) -> Budget:

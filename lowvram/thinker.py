@@ -55,10 +55,11 @@ def prefill(
 ) -> Iterator[int | Prefilled]:
     """Read the prompt in chunks, each as large as is allowed then, yielding the tokens done and, last, a `Prefilled`.
 
-    `talker_rows` [T, H] on the host, if given, receives the talker's view of each prompt row: its embedding (zero for
-    media, as the reference has it) plus the final hidden state.
+    It begins after the positions that `cache` holds already, which are not all of the prompt's. `talker_rows` [T, H] on
+    the host, if given, receives the talker's view of each row read: its embedding (zero for media, as the reference has
+    it) plus the final hidden state.
     """
-    total, done = len(prompt.embeds), 0
+    total, done = len(prompt.embeds), cache.get_seq_length()
 
     def read_chunk() -> tuple[Tensor, Tensor | None]:
         """The last row's final hidden state [1, H] and, if the talker needs them, all rows' [n, H] on the host."""

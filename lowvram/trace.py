@@ -42,6 +42,7 @@ from .offload.residency import Residency
 from .offload.transfer import Transfer
 from .options import SamplingParams, SpeechParams
 from .quant.reference import ReferenceBackend
+from .recall import Reading
 from .room import Control
 from .sampling import Sampler
 from .token2wav.conditioning import Speaker
@@ -145,7 +146,7 @@ def _request(model: OmniModel, plan: Plan, workload: Workload, speech: SpeechPar
         raise AssertionError("a device without bounds is never short of room")
 
     return Request(
-        inputs=_inputs(model, workload),
+        reading=Reading(_inputs(model, workload)),
         plan=plan,
         replan=no_other,
         sampling=SamplingParams(max_tokens=plan.text_tokens),

@@ -25,7 +25,7 @@ from .detokenize import TextStream
 from .encoders import AudioTower, VisionTower, embed_prompt, encode_audios, encode_visuals
 from .errors import BudgetExceededError, LowVRAMError
 from .events import AudioChunk, Event, Finished, FinishReason, Progress, TextDelta
-from .flow import Attempt, ModelInputs, ThinkerStep
+from .flow import Attempt, ThinkerStep
 from .graphs import CapturedSteps, Stepping, one_by_one, open_recorder
 from .kv_cache import KVCache
 from .model import Decoder, OmniModel
@@ -36,7 +36,8 @@ from .offload.profile import DEVICE_ALLOCATOR, MemoryProfile
 from .offload.residency import Residency
 from .options import SamplingParams, SpeechParams
 from .pacing import Lookahead, Playback
-from .room import Cancelled, Control, Replan, Room
+from .recall import Reading
+from .room import Cancelled, Control, Replan, Room, forget
 from .sampling import Choice, Recitation, Sampler
 from .talker import Talker, TextRows, seen_by_penalty, talk
 from .thinker import Prefilled, Thinker, decode, prefill
@@ -79,11 +80,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Request:
-    """What one turn is asked: its prompt and how to answer it. `voice` None means text only. `replan` finds another way
-    for what is left of the turn, when there is less room than `plan` counted on. `reply` are the ids to say, up to a
-    stop id, where the answer is known beforehand."""
+    """What one turn is asked: a prompt to read and how to answer it. `voice` None means text only. `replan` finds
+    another way for what is left of the turn, when there is less room than `plan` counted on. `reply` are the ids to
+    say, up to a stop id, where the answer is known beforehand."""
 
-    inputs: ModelInputs
+    reading: Reading
     plan: Plan
     replan: Replan
     sampling: SamplingParams
@@ -106,6 +107,7 @@ class Turn:
     _text_ids: list[int] = field(default_factory=list)
     _text: list[str] = field(default_factory=list)
     _codec_ids: list[int] = field(default_factory=list)
+    _read_tokens: int = 0
     _samples: int = 0
     _finish_reason: FinishReason = "cancelled"
     _speech_finish_reason: FinishReason = "cancelled"
@@ -119,7 +121,7 @@ class Turn:
         self._text_seed = _seed(request.sampling.seed, secrets.randbits(32))
         self._speech_seed = _seed(request.speech.sampling.seed, self._text_seed)
         self._noise_seed = _seed(request.speech.seed, self._speech_seed)
-        self._prompt = embed_prompt(request.inputs, self.machine.model.embed_tokens)
+        self._prompt = embed_prompt(request.reading.inputs, self.machine.model.embed_tokens)
         self._talker_rows = torch.empty_like(self._prompt.embeds) if request.voice else None
         self._streams: dict[str, Lookahead[Any]] = {}
         """By stage, of those that have begun: what they make, in the order in which they pull from one another."""
@@ -223,19 +225,19 @@ class Turn:
 
     def _encode(self) -> Iterator[Event]:
         """Fill the prompt's media rows with whatever encoders this phase holds."""
-        inputs, model, room = self.request.inputs, self.machine.model, self.room
+        reading, model, room = self.request.reading, self.machine.model, self.room
         device, embeds = self.machine.device, self._prompt.embeds
         if room.begin("audio_tower"):
             ears = AudioTower(model.hearing, *self._layers_and_rest("audio_tower"), self._attempts("audio_tower"))
             windows = lambda: room.plan.audio_chunk_windows  # noqa: E731 (asked anew for each chunk)
-            heard = encode_audios(inputs.audios, ears, embeds, chunk_windows=windows, device=device)
-            yield from self._encoding("hear", heard, inputs.audios)
+            heard = encode_audios(reading.audios, ears, embeds, chunk_windows=windows, device=device)
+            yield from self._encoding("hear", heard, reading.audios)
             room.end("audio_tower")
         if room.begin("visual"):
             eyes = VisionTower(model.vision, *self._layers_and_rest("visual"), self._attempts("visual"))
             patches = lambda: room.plan.vision_chunk_patches  # noqa: E731
-            seen = encode_visuals(inputs.visuals, eyes, embeds, chunk_patches=patches, device=device)
-            yield from self._encoding("see", seen, inputs.visuals)
+            seen = encode_visuals(reading.visuals, eyes, embeds, chunk_patches=patches, device=device)
+            yield from self._encoding("see", seen, reading.visuals)
             room.end("visual")
 
     def _encoding(self, stage: str, filled: Iterator[int], media: Sequence[Any]) -> Iterator[Event]:
@@ -266,9 +268,11 @@ class Turn:
         return any(self._streams[stage].make_one() for stage in stages)
 
     def _prefill(self) -> Generator[Event, None, Iterator[ThinkerStep]]:
-        """Read the prompt; returns the answer's text, still to be written."""
+        """Read what of the prompt is not known; returns the answer's text, still to be written."""
         max_tokens = len(self._prompt.embeds) + self.request.sampling.max_tokens
-        cache = self._cache("thinker", self.machine.model.thinker, max_tokens)
+        cache = self._cache("thinker", self.machine.model.thinker, max_tokens, self._keep_what_was_read)
+        recall = partial(self.request.reading.recall, cache, self._talker_rows)
+        self.room.attempt(recall, stage="thinker")
         progress = prefill(
             self._thinker(),
             self._prompt,
@@ -281,8 +285,12 @@ class Turn:
             for step in progress:
                 if isinstance(step, Prefilled):
                     return self._think(step, cache)
+                self._read_tokens = step
                 yield Progress("prefill", step, len(self._prompt.embeds), "tokens")
         raise AssertionError("a prefill ends with what it read")
+
+    def _keep_what_was_read(self, cache: KVCache) -> None:
+        self.request.reading.keep(cache, self._talker_rows, self._read_tokens)
 
     def _think(self, prefilled: Prefilled, cache: KVCache) -> Iterator[ThinkerStep]:
         """The answer's text, step by step; what can be shown of it goes to the outbox."""
@@ -317,7 +325,7 @@ class Turn:
         if request.reply is not None:
             return Recitation(request.reply)
         vocab_size = len(self.machine.model.embed_tokens)
-        seen = request.inputs.input_ids
+        seen = request.reading.inputs.input_ids
         return self._draws("thinker", request.sampling, vocab_size=vocab_size, seed=self._text_seed, seen=seen)
 
     def _talk(self, steps: Iterable[ThinkerStep]) -> Iterator[int]:
@@ -402,6 +410,7 @@ class Turn:
             text_ids=tuple(self._text_ids),
             codec_ids=tuple(self._codec_ids),
             prompt_tokens=len(self._prompt.embeds),
+            recalled_tokens=self.request.reading.known_tokens,
             finish_reason=self._finish_reason,
             speech_finish_reason=spoken if self.request.voice else None,
             audio_s=self._samples / SAMPLE_RATE_HZ,
@@ -436,8 +445,11 @@ class Turn:
         self.room.before_moving(steps.drop)
         return steps
 
-    def _cache(self, stage: str, decoder: Decoder, max_tokens: int) -> KVCache:
-        return self.room.hold(stage, partial(decoder.new_cache, max_tokens, self.machine.device, self.room.plan.kv))
+    def _cache(
+        self, stage: str, decoder: Decoder, max_tokens: int, keep: Callable[[KVCache], None] = forget
+    ) -> KVCache:
+        make = partial(decoder.new_cache, max_tokens, self.machine.device, self.room.plan.kv)
+        return self.room.hold(stage, make, keep)
 
     def _draws(self, stage: str, params: SamplingParams, **options: Any) -> Sampler:
         return self.room.attempt(partial(self._sampler, params, stage=stage, **options), stage=stage)

@@ -14,8 +14,11 @@ from typing import Any
 
 import av
 import pytest
+import torch
 from media_files import numbered_frame, write_video
 
+from lowvram.device import Device
+from lowvram.errors import InfeasibleBudgetError
 from lowvram.offload.budget import Budget
 from lowvram.offload.meter import TRACKED_LIVE_TENSORS
 from lowvram.offload.profile import DEVICE_ALLOCATOR, DEVICE_RESERVED, PLANNED, TRACED
@@ -196,6 +199,42 @@ def test_a_turn_that_failed_on_the_card_is_still_a_row(memory: ModuleType):
     )
 
 
+CARD_BYTES = 10 * 2**30
+
+
+@pytest.fixture
+def card(memory: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card of ten GiB, as far as opening it goes."""
+    opened = Device(torch.device("cuda", 0), "a card", CARD_BYTES)
+    monkeypatch.setattr(memory, "open_device", lambda _name: opened)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_turn_that_failed_on_the_card_is_kept_and_fails_the_run(
+    memory: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    kept, options = tmp_path / "memory.json", ("--trace", "demo", "--seconds", "2", "--budgets", "1MiB", "--no-speech")
+    for said, code in (({"failed": "OutOfMemoryError"}, 1), ({"not_measured": "9 GiB are free"}, 0)):
+        monkeypatch.setattr(memory, "measure_on_card", lambda *_, said=said: dict(said))
+        with redirect_stdout(StringIO()):
+            assert memory.main([*options, "--weights", "folder", "-o", str(kept)]) == code
+        (row,) = json.loads(kept.read_text(encoding="utf-8"))["rows"]
+        assert said.items() <= row.items()
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(("budget", "word"), [("10GiB", "refused"), ("11GiB", "not_measured")])
+def test_a_turn_is_measured_in_its_rows_own_budget_or_not_at_all(
+    memory: ModuleType, budget: str, word: str, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> None:
+        raise InfeasibleBudgetError("too little", phase="think", needed_bytes=2, available_bytes=1)
+
+    monkeypatch.setattr(memory, "_answer_about_gray", refuse)
+    cell = memory.Cell(15.0, budget, "16bit")
+    assert list(memory.measure_on_card("folder", cell, SamplingParams(), None)) == [word]
+
+
 def test_the_largest_storages_of_a_peak_are_listed_by_who_made_them(traced: tuple[str, dict[str, Any]]):
     for lines in traced[1]["rows"][0]["largest"].values():
         assert len(lines) == 2 and all("aten." in line and ".py:" in line for line in lines)
@@ -282,6 +321,12 @@ def test_weights_that_could_not_be_made_fail_the_sections_that_need_them(gpu: Mo
     making = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
     bench = gpu.Bench("cpu", tmp_path, making)
     assert gpu.run_section(gpu.guest, bench)["failed"] == "RuntimeError: no weights: synthetic.py ended with 7"
+
+
+def test_a_program_that_is_not_done_in_time_has_failed_with_what_it_printed(gpu: ModuleType):
+    hangs = "import time; print('so far', flush=True); time.sleep(60)"
+    result = gpu._python("-S", "-c", hangs, give_up_s=3)
+    assert result == {"failed": "not done after 3 s", "printed": "so far\n"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), AssertionError("no code was said"), KeyError("ttft")])

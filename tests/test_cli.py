@@ -19,7 +19,7 @@ from sound_card import SoundCard
 from typer.testing import CliRunner, Result
 
 from lowvram import __version__
-from lowvram.cli import app
+from lowvram.cli import app, main
 from lowvram.offload.plan import Plan
 from lowvram.options import SamplingParams
 from lowvram.playback import SpeechPlayed
@@ -299,6 +299,14 @@ def test_a_chat_begins_with_the_arguments_and_goes_on_after_a_mistake(demo: Path
     assert "missing.mp4" in done.stderr and "see: " in done.stderr and "hear: " in done.stderr
 
 
+@pytest.mark.parametrize(("remember", "times"), [("64MiB", 1), ("none", 2)])
+def test_a_chat_looks_at_a_picture_once_if_it_may_remember(demo: Path, remember: str, times: int):
+    chat = ("chat", "picture.bin", "-p", "what is it?", "--model", demo, "--max-tokens", "4", "--remember", remember)
+    done = lowvram(*chat, stdin=b"and its name?\n")
+    assert (done.exit_code, done.stdout.count("\n")) == (0, 2)
+    assert len(re.findall(r"see: (\d+) of \1 tokens", done.stderr)) == times
+
+
 def test_a_chat_can_be_heard(demo: Path, card: SoundCard):
     chat = ("chat", "-p", "hello", "--model", demo, "--max-tokens", "4", "--play", "--voice", "Ethan")
     assert lowvram(*chat, "--seed", "1").exit_code == 0
@@ -516,7 +524,7 @@ def test_demo_model_leaves_a_folder_with_something_in_it_alone(folder: Path):
 def test_help_version_and_a_missing_file_load_no_model_library():
     code = """
 import sys
-from lowvram.cli import app
+from lowvram.cli import app, main
 for command in ("--help", "run --help", "--version", "run missing.mp4"):
     try:
         app(command.split())
@@ -530,7 +538,7 @@ for command in ("--help", "run --help", "--version", "run missing.mp4"):
 def test_a_plan_of_a_video_and_words_loads_no_model_library(demo: Path):
     code = """
 import sys
-from lowvram.cli import app
+from lowvram.cli import app, main
 try:
     app(["plan", "video.bin", "-p", "hello", "--gpu", "rtx-4070", *sys.argv[1:]])
 finally:
@@ -701,6 +709,16 @@ def test_ctrl_c_before_an_answer_ends_without_a_traceback(monkeypatch: pytest.Mo
     monkeypatch.setattr("lowvram.media.sources.open_stored", interrupted)
     done = lowvram("run", "video.bin")
     assert (done.exit_code, done.stderr) == (130, "")
+
+
+def test_ctrl_c_before_a_command_begins_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowvram.cli.app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
 
 
 def test_a_reader_that_left_ends_the_program_quietly():

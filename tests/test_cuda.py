@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowvram.attention import attend, explicit_attention
 from lowvram.demo import build_demo
-from lowvram.device import BFLOAT16_CAPABILITY, CONTEXT_BYTES, MemoryCap, exact_convolutions, open_device
+from lowvram.device import BFLOAT16_CAPABILITY, CONTEXT_BYTES, MemoryCap, exact_arithmetic, open_device
 from lowvram.events import AudioChunk, Event, TextDelta
 from lowvram.graphs import CudaRecorder, _capture_stream
 from lowvram.kv_cache import TailedHeads
@@ -109,11 +109,18 @@ def float32_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.fixture(scope="module")
+def on_cpu(deep_demo: Path) -> Event:
+    """How the answer ends on the CPU."""
+    return last_event(deep_demo, "cpu", plan_of([STAGES]))
+
+
 @pytest.mark.usefixtures("float32_convolutions")
 @pytest.mark.parametrize("placement", Placement)
 @pytest.mark.parametrize("cuts", [[STAGES], *CUTS.values()], ids=["one phase", *CUTS])
-def test_the_card_says_what_the_cpu_says(demo: Path, cuts: Sequence[Sequence[str]], placement: Placement):
-    on_cpu = last_event(demo, "cpu", plan_of([STAGES]))
+def test_the_card_says_what_the_cpu_says(
+    demo: Path, on_cpu: Event, cuts: Sequence[Sequence[str]], placement: Placement
+):
     on_card = last_event(demo, "cuda", plan_of(cuts, placement))
     assert (on_card.text_ids, on_card.codec_ids) == (on_cpu.text_ids, on_cpu.codec_ids)
 
@@ -263,7 +270,7 @@ def test_convolutions_of_a_step_are_of_float32():
     torch.manual_seed(0)
     x, weight = torch.randn(1, 384, 500, dtype=torch.float64), torch.randn(384, 384, 7, dtype=torch.float64)
     exact = torch.nn.functional.conv1d(x, weight)
-    with exact_convolutions(torch.device("cuda")):
+    with exact_arithmetic(torch.device("cuda")):
         ours = torch.nn.functional.conv1d(x.float().cuda(), weight.float().cuda()).cpu()
     assert (ours - exact).norm() < 1e-5 * exact.norm()  # TF32: 3e-4
 

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from operator import attrgetter
 from threading import Barrier, BrokenBarrierError, Thread
+from typing import Any
 
 import pytest
 import torch
 
 from lowvram import device as device_module
-from lowvram.device import CONTEXT_BYTES, MemoryCap, choose_dtype, exact_convolutions, open_device
+from lowvram.device import CONTEXT_BYTES, MemoryCap, choose_dtype, exact_arithmetic, open_device
 from lowvram.errors import BackendError, OptionError
 from lowvram.offload.budget import GIB
 
@@ -81,7 +83,7 @@ class Card:
     tensors_bytes = gaps_bytes = 0
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("memory_stats", "get_device_properties"):
+        for name in ("memory_stats", "get_device_properties", "mem_get_info", "memory_reserved"):
             monkeypatch.setattr(f"torch.cuda.{name}", getattr(self, name))
         monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda _device: self.fraction)
         monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", self.allow)
@@ -90,6 +92,12 @@ class Card:
 
     def get_device_properties(self, _device: torch.device) -> Card:
         return self
+
+    def mem_get_info(self, _device: torch.device) -> tuple[int, int]:
+        return self.total_memory - self.memory_reserved(_device), self.total_memory
+
+    def memory_reserved(self, _device: torch.device) -> int:
+        return self.tensors_bytes + self.gaps_bytes
 
     def memory_stats(self, _device: torch.device) -> dict[str, int]:
         return {
@@ -109,9 +117,9 @@ class Card:
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    device_module._fraction_of.cache_clear()
+    device_module._only_fraction_of.cache_clear()
     yield Card(monkeypatch)
-    device_module._fraction_of.cache_clear()
+    device_module._only_fraction_of.cache_clear()
 
 
 def test_others_tensors_come_on_top_of_the_budget_and_what_is_only_cached_does_not(card: Card):
@@ -119,6 +127,31 @@ def test_others_tensors_come_on_top_of_the_budget_and_what_is_only_cached_does_n
     with MemoryCap(CUDA, held_bytes=4 * GIB).at(8 * GIB):
         assert card.allowed_bytes == 2 * GIB + 8 * GIB - CONTEXT_BYTES
     assert card.fraction == 1.0
+
+
+@pytest.fixture
+def opens(card: Card, monkeypatch: pytest.MonkeyPatch) -> Card:
+    """The card as one that can be opened."""
+    for name, answer in (("is_available", True), ("device_count", 1), ("get_device_name", "a card")):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, answer=answer: answer)
+    monkeypatch.setattr(device_module, "_compute", lambda _device: None)
+    return card
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.125])
+def test_what_the_application_lets_the_process_take_is_all_that_is_free(opens: Card, fraction: float):
+    opens.fraction, opens.tensors_bytes = fraction, GIB
+    assert open_device("cuda:0").free_bytes == round(fraction * 16) * GIB - GIB + CONTEXT_BYTES
+
+
+def test_a_process_that_has_all_that_it_may_finds_nothing_free(opens: Card):
+    opens.fraction, opens.tensors_bytes = 0.25, 5 * GIB
+    assert open_device("cuda:0").free_bytes == CONTEXT_BYTES
+
+
+def test_a_cap_that_another_runtime_has_lent_makes_nothing_less_free(opens: Card):
+    with MemoryCap(CUDA, held_bytes=0).at(GIB):
+        assert open_device("cuda:0").free_bytes == 16 * GIB
 
 
 def test_a_stricter_cap_of_the_application_stays(card: Card):
@@ -170,18 +203,41 @@ def test_a_step_that_fails_leaves_no_cap_behind(card: Card):
     assert card.fraction == 1.0
 
 
-def test_convolutions_are_exact_until_the_last_of_those_inside_has_left():
-    before = torch.backends.cudnn.conv.fp32_precision
-    first, second = exact_convolutions(CUDA), exact_convolutions(CUDA)
+@pytest.fixture(params=["cudnn.conv", "cuda.matmul"])
+def products(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Torch's switch for a kind of products, by which an application has them rounded."""
+    switch = attrgetter(request.param)(torch.backends)
+    before, switch.fp32_precision = switch.fp32_precision, "tf32"
+    yield switch
+    switch.fp32_precision = before
+
+
+def test_products_are_exact_until_the_last_of_those_inside_has_left(products: Any):
+    first, second = exact_arithmetic(CUDA), exact_arithmetic(CUDA)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert torch.backends.cudnn.conv.fp32_precision == "ieee" != before
+    assert products.fp32_precision == "ieee"
     second.__exit__(None, None, None)
-    assert torch.backends.cudnn.conv.fp32_precision == before
+    assert products.fp32_precision == "tf32"
+
+
+def test_how_another_thread_has_products_computed_meanwhile_stays(products: Any):
+    for theirs in ("none", "ieee"):
+        with exact_arithmetic(CUDA):
+            products.fp32_precision = theirs
+        assert products.fp32_precision == theirs
+
+
+def test_an_applications_autocast_is_not_ours():
+    ones = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with exact_arithmetic(CPU):
+            assert (ones @ ones).dtype is torch.float32
+        assert (ones @ ones).dtype is torch.bfloat16
 
 
 def test_on_a_cpu_no_switch_of_the_application_is_touched():
     before = torch.backends.cudnn.conv.fp32_precision
-    with exact_convolutions(CPU):
+    with exact_arithmetic(CPU):
         assert torch.backends.cudnn.conv.fp32_precision == before

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowvram import encoders
 from lowvram.encoders import AudioTower
 from lowvram.offload.budget import Budget
+from lowvram.recall import Reading
 from lowvram.room import Control
 from lowvram.runtime import OmniRuntime
 from lowvram.turn import Request, Turn
@@ -47,7 +48,7 @@ def test_a_chunk_for_which_there_is_no_room_is_cut_smaller(
     monkeypatch.setattr(encoders, name, in_little_room)
     with omni.preprocessor.open(MESSAGES, MEDIA) as prompt:
         voice = omni._voices["Chelsie"]
-        request = Request(prompt.inputs, plan_of([STAGES]), lambda *_: least, SAMPLING, SPEECH, voice)
+        request = Request(Reading(prompt.inputs), plan_of([STAGES]), lambda *_: least, SAMPLING, SPEECH, voice)
         cut, cut_samples = answer(Turn(omni._machine, request, Control(Budget()), started_s=0.0).run())
     assert any(refused) and not refused[-1]
     assert (cut.text_ids, cut.codec_ids) == (whole.text_ids, whole.codec_ids)

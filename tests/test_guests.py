@@ -245,8 +245,8 @@ def test_an_answer_that_is_closed_early_leaves_no_cache_to_the_garbage_collector
     caches: list[weakref.ref[KVCache]] = []
     hold = Room.hold
 
-    def noted(room: Room, stage: str, make_cache: Callable[[], KVCache]) -> KVCache:
-        cache = hold(room, stage, make_cache)
+    def noted(room: Room, stage: str, make_cache: Callable[[], KVCache], *keep: Callable[[KVCache], None]) -> KVCache:
+        cache = hold(room, stage, make_cache, *keep)
         caches.append(weakref.ref(cache))
         return cache
 

@@ -103,6 +103,24 @@ def test_rewinding_to_what_a_layer_has_not_reached_invents_nothing():
 
 
 @KINDS
+def test_a_cache_resumes_where_another_was_however_long_either_is(kind: type[KVCache]):
+    old, new, heads = cache(9, kind), cache(5, kind), torch.randn(2, 2, 1, 3, 4, 4)
+    for layer in range(2):
+        old.update(*heads[layer], layer)
+    kept = old.first(3)
+    old.rewind(0)
+    for layer in range(2):
+        old.update(*torch.randn(2, 1, 3, 4, 4), layer)  # what is kept is a copy
+    new.resume(kept, 2)
+    assert [new.get_seq_length(layer) for layer in range(2)] == [2, 2]
+    afresh, more = cache(5, kind), torch.randn(2, 1, 3, 1, 4)
+    for layer in range(2):
+        afresh.update(*heads[layer, ..., :2, :], layer)
+        for ours, expected in zip(new.update(*more, layer), afresh.update(*more, layer), strict=True):
+            assert torch.equal(read(ours), read(expected))
+
+
+@KINDS
 def test_a_cache_that_moves_keeps_its_size_and_length_and_leaves_nothing_behind(kind: type[KVCache]):
     kv = cache(kind=kind)
     kv.update(torch.ones(1, 3, 2, 4), torch.ones(1, 3, 2, 4), 0)

@@ -216,6 +216,18 @@ def test_opening_says_nothing(demo: Path, capfd: pytest.CaptureFixture):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_applications_default_device_chooses_no_other_kernel_and_changes_no_answer(demo: Path, dtype: str):
+    with OmniRuntime.open(demo, device="cpu", dtype=dtype) as omni:
+        expected = (omni.kernel, ask(omni, speech=None).text_ids)
+    torch.set_default_device("meta")
+    try:
+        with OmniRuntime.open(demo, device="cpu", dtype=dtype) as omni:
+            assert (omni.kernel, ask(omni, speech=None).text_ids) == expected
+    finally:
+        torch.set_default_device(None)
+
+
 def test_an_unknown_voice_is_refused_at_the_call(omni: OmniRuntime):
     with pytest.raises(OptionError, match=r"voice 'Nobody' is unknown \(one of: Chelsie, Ethan\)"):
         omni.generate(MESSAGES, speech=SpeechParams(voice="Nobody"))

@@ -16,6 +16,7 @@ from lowvram.flow import ModelInputs
 from lowvram.offload.budget import Budget
 from lowvram.offload.plan import Phase, Placement, Plan
 from lowvram.options import TALKER_SAMPLING, MediaParams, SamplingParams, SpeechParams
+from lowvram.recall import Reading
 from lowvram.room import Control
 from lowvram.runtime import OmniRuntime
 from lowvram.sampling import Sampler
@@ -81,7 +82,7 @@ def turn_of(
     control: Control | None = None,
 ) -> Turn:
     """A turn in Chelsie's voice under a given plan."""
-    request = Request(inputs, plan, no_other_plan, sampling, speech, omni._voices["Chelsie"])
+    request = Request(Reading(inputs), plan, no_other_plan, sampling, speech, omni._voices["Chelsie"])
     return Turn(omni._machine, request, control or Control(Budget()), started_s=0.0)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import errno
+import hashlib
 import http.client
 import io
 import os
@@ -77,6 +78,14 @@ class Stored:
                 return self._file.read(size_bytes)
         except (OSError, ValueError) as error:
             raise _unreadable(self.name, error) from error
+
+    def digest(self) -> str:
+        """SHA-256 of the bytes: two sources alike in it hold the same."""
+        found = hashlib.sha256()
+        with self.reader() as file:
+            while piece := file.read(READ_BYTES):
+                found.update(piece)
+        return found.hexdigest()
 
     def close(self) -> None:
         """Close what this package opened; a caller's own file object stays open."""
@@ -367,8 +376,9 @@ def _unreadable(name: str, error: OSError | ValueError | http.client.HTTPExcepti
 
 
 def _one_line(reason: str) -> str:
-    """A server's own words, and what urllib says of a circle of redirects, may run over several lines."""
-    return " ".join(reason.split())
+    """A server's own words, and what urllib says of a circle of redirects, may run over several lines, or hold codes
+    that steer a terminal."""
+    return "".join(filter(str.isprintable, " ".join(reason.split())))
 
 
 def _way_out(cause: object) -> str:

@@ -90,6 +90,8 @@ class Residency:
     def prepare(self, plan: Plan) -> None:
         """Follow another plan on the host's side: copies of blocks that it does not want there are dropped."""
         self._end_prefetch()
+        # A turn may compute in another stream than the one before, which may have ended while residents came.
+        self._streams.wait(Lane.COMPUTE, self._streams.record(Lane.COPY))
         self._copies.prepare(plan.host_tiers)
 
     def enter(self, phase: Phase, following: Phase | None = None) -> Iterator[tuple[int, int]]:

@@ -6,9 +6,9 @@ waits for the whole device. Where host and device share their memory there is no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from enum import Enum
 from functools import partial
 from typing import Any, Protocol
@@ -105,8 +105,9 @@ class InOrder:
 class CudaStreams:
     """A CUDA device's current stream for computing, and one of our own for copies.
 
-    Weights that stay are ordered before the stream that was current when they came. Who changes placements from another
-    thread does so in a context from `here`; who asks for an answer's next event has not chosen another stream since.
+    Weights that stay are ordered before the stream that was current when they came, and before that in which a later
+    turn begins. Who changes placements from another thread does so in a context from `here`; who asks for an answer's
+    next event has not chosen another stream since.
     """
 
     apart = True
@@ -116,7 +117,7 @@ class CudaStreams:
         self._copy = torch.cuda.Stream(device)
 
     def copying(self) -> AbstractContextManager[object]:
-        return torch.cuda.stream(self._copy)
+        return _in_stream(self._copy)
 
     def record(self, lane: Lane) -> Event:
         return self._stream(lane).record_event()
@@ -128,7 +129,7 @@ class CudaStreams:
         event.synchronize()
 
     def here(self) -> Callable[[], AbstractContextManager[object]]:
-        return partial(torch.cuda.stream, self._stream(Lane.COMPUTE))
+        return partial(_in_stream, self._stream(Lane.COMPUTE))
 
     def beside(self, work: Callable[[], None]) -> Callable[[], None]:
         return in_a_thread(work)
@@ -154,6 +155,14 @@ class CudaStreams:
         with suppress(RuntimeError):
             torch.ones(1, device=self._device)
         return False
+
+
+@contextmanager
+def _in_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Compute in a stream. Its card is made the current one by itself: a thread that works on another card would come
+    back to that from the stream, and so make a context there, some 300 MiB on a card that nobody chose."""
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
 
 
 def in_a_thread(work: Callable[[], None]) -> Callable[[], None]:

@@ -41,6 +41,8 @@ MOST_SAMPLES = 10_000
 """Far above what a picture and a window of sound are, and small enough that nothing made of one takes all memory."""
 
 Grid = tuple[int, int, int]
+PromptSize = tuple[int, tuple[Grid, ...], int]
+"""A prompt's tokens, the patch grids of pictures to encode, and windows of sound to encode."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,7 @@ def kind_of(part: MediaPart, medium: Medium) -> Kind:
     """What a medium is for its message: what that says, or what the content is. Raises MediaError where they differ."""
     if part.kind == "file":
         return medium.kind
-    is_first_picture = part.kind == "image" and medium.is_animation
-    if medium.kind not in READABLE_AS[part.kind] and not is_first_picture:
+    if medium.kind not in READABLE_AS[part.kind] and not medium.is_animation:
         raise MediaError(
             f"{part.where} says {part.kind}, but {medium.name} is of kind {medium.kind}",
             path=medium.name,

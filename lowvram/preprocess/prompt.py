@@ -32,11 +32,13 @@ from ..media import (
     read_image,
     read_sound,
 )
+from ..media.sources import Stored
 from ..options import Limits, MediaParams
 from .chat import ChatTokenizer, read_media_tokens
 from .counts import (
     MOST_SAMPLES,
     MediumShape,
+    PromptSize,
     audio_windows,
     count_image,
     count_video,
@@ -94,9 +96,9 @@ class PromptShape:
         return tuple(medium.grid for medium in self.media if medium.grid)
 
     @property
-    def largest_visual_patches(self) -> int:
-        """Patches of the largest temporal patch, which the vision tower must see whole."""
-        return max((height * width for _, height, width in self.grids), default=0)
+    def size(self) -> PromptSize:
+        """All of it, for a plan."""
+        return self.prompt_tokens, self.grids, self.audio_windows
 
     def __str__(self) -> str:
         kinds = (
@@ -121,6 +123,7 @@ class _Medium:
     shape: MediumShape
     patches: Callable[[], Iterator[Tensor]] | None = None
     seconds_per_patch: float = 0.0
+    content: Callable[[], str] | None = None
     mel: Callable[[], Tensor] | None = None
 
 
@@ -231,6 +234,7 @@ class Preprocessor:
             partial(self._video_patches, video, indices, shape),
             # As the processor's `fps` option: what was asked for, not what rounding made of it.
             self._recipe.vision.temporal_patch_size / part.params.fps,
+            partial(_clip_content, medium.content, indices, shape) if isinstance(medium.content, Stored) else None,
             partial(self._listen, medium, part.params, limits) if samples else None,
         )
 
@@ -316,9 +320,18 @@ def _model_inputs(layout: Layout, opened: Sequence[_Medium]) -> ModelInputs:
         layout.input_ids,
         layout.position_ids,
         layout.next_position,
-        tuple(VisualInput(m.shape.grid, rows.picture, m.patches) for m, rows in placed if m.shape.grid and m.patches),
+        tuple(
+            VisualInput(m.shape.grid, rows.picture, m.patches, m.content)
+            for m, rows in placed
+            if m.shape.grid and m.patches
+        ),
         tuple(AudioInput(m.mel(), rows.sound) for m, rows in placed if m.mel),
     )
+
+
+def _clip_content(stored: Stored, indices: Sequence[int], shape: MediumShape) -> str:
+    """What the patches of a clip are made from: its bytes, the frames that are shown, and their size."""
+    return f"{stored.digest()} {shape.grid} {[*indices]}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def choose_int8(device: torch.device, dtype: torch.dtype, four_bits: Backend) ->
         return _told(SlicesBackend(), device, READABLE_TOO)
     passed_over: list[str] = []
     for backend in INT8_BACKENDS:
-        obstacle = backend.obstacle(device, dtype)
+        with torch.device("cpu"):  # an application may have set another default, with which a trial would fail
+            obstacle = backend.obstacle(device, dtype)
         if not obstacle:
             return _told(backend(), device, "; ".join(passed_over) or "the fastest here")
         passed_over.append(f"{backend.name} was passed over: {obstacle}")

@@ -71,7 +71,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = 
 
     Raises BackendError for a name that is unknown or cannot serve there.
     """
-    chosen = _best(device, dtype) if name is None else _asked_for(name, device, dtype)
+    with torch.device("cpu"):  # an application may have set another default, with which a trial would fail
+        chosen = _best(device, dtype) if name is None else _asked_for(name, device, dtype)
     log.info("4-bit weights on %s: kernel %s, %s", device, chosen.name, chosen.reason)
     return chosen
 

@@ -122,7 +122,8 @@ def obstacle_on(device: torch.device, dtype: torch.dtype, self_test: Callable[[]
     except BROKEN as missing:
         return no_cuda_core(missing)
     try:
-        return complaint("its kernel", self_test())
+        with torch.device("cpu"):  # an application may have set another default
+            return complaint("its kernel", self_test())
     except (CUDAError, *BROKEN) as failure:
         return f"its kernel fails on this machine: {failure}"
 

@@ -122,7 +122,7 @@ class Workspace:
         buffers, n = self._of_thread.by_dtype, math.prod(shape)
         if dtype not in buffers or buffers[dtype].numel() < n:
             with torch.inference_mode(False):  # else a later call outside of that mode could not write to it
-                buffers[dtype] = torch.empty(n, dtype=dtype)
+                buffers[dtype] = torch.empty(n, dtype=dtype, device=device)
         return buffers[dtype][:n].view(shape)
 
 

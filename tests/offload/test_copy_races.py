@@ -27,6 +27,7 @@ from lowvram.offload.transfer import Transfer
 
 HOST = "host"
 STREAM = {Lane.COMPUTE: 0, Lane.COPY: 1, HOST: 2}
+ANOTHER_STREAM = 3
 CARD = torch.device("cpu", 0)
 """The watched device: host memory is asked for without an index."""
 
@@ -58,7 +59,8 @@ class Watch(TorchDispatchMode):
         self.sites: set[Site] = set()
         self._ignored = ignored
         self._detector = EventHandler()
-        for stream in STREAM.values():
+        self._stream = dict(STREAM)
+        for stream in (*STREAM.values(), ANOTHER_STREAM):
             self._detector._handle_stream_creation(stream)
         self._events = count(1)
         self._unused = count(1)
@@ -66,6 +68,10 @@ class Watch(TorchDispatchMode):
         self._on_card: set[int] = set()
         self._deaths: list[weakref.ref] = []
         self._lane = Lane.COMPUTE
+
+    def choose_another_stream(self) -> None:
+        """As an application may between two turns."""
+        self._stream[Lane.COMPUTE] = ANOTHER_STREAM
 
     # What the code under test calls.
 
@@ -80,12 +86,12 @@ class Watch(TorchDispatchMode):
     def record(self, lane: Any) -> int:
         event = next(self._events)
         self._detector._handle_event_creation(event)
-        self._detector._handle_event_record(event, STREAM[lane])
+        self._detector._handle_event_record(event, self._stream[lane])
         return event
 
     def wait(self, lane: Any, event: int) -> None:
         if self._obeyed():
-            self._detector._handle_event_wait(event, STREAM[lane])
+            self._detector._handle_event_wait(event, self._stream[lane])
 
     def host_wait(self, event: int) -> None:
         if self._obeyed():
@@ -154,9 +160,11 @@ class Watch(TorchDispatchMode):
 
     def _touch(self, lane: Any, what: str, reads: Sequence[int] = (), writes: Sequence[int] = ()) -> None:
         if lane is not HOST:  # nothing is issued before the host has come to it
-            self._detector._handle_event_wait(self.record(HOST), STREAM[lane])
+            self._detector._handle_event_wait(self.record(HOST), self._stream[lane])
         why = {cell: [what] for cell in [*reads, *writes]}
-        self.races += self._detector._handle_kernel_launch(STREAM[lane], set(reads), set(writes), set(), what, why)
+        self.races += self._detector._handle_kernel_launch(
+            self._stream[lane], set(reads), set(writes), set(), what, why
+        )
 
 
 def plan(**tiers: HostTier) -> Plan:
@@ -232,6 +240,14 @@ def turn(watch: Watch, layers: int = 5, kept: int = 1, breaks: Sequence[int] = (
         transfer.release()
         check("talker")
         residency.release()
+        keeping = phase(head=Placement.RESIDENT)
+        list(residency.enter(keeping))
+        residency.leave()
+        watch.choose_another_stream()
+        residency.prepare(plan())
+        list(residency.enter(keeping))
+        check("head")
+        residency.release()
         assert (residency.live_bytes, residency.host_bytes) == (0, 0)
 
 
@@ -259,6 +275,7 @@ def test_leaving_out_any_single_wait_is_a_race():
         "Prefetch.__init__",
         "Prefetch.take",
         "Residency._onload",
+        "Residency.prepare",
         "Ring.begin",
         "Ring.close",
         "Ring.load_next",

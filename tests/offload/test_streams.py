@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -48,6 +50,24 @@ def test_another_thread_computes_in_the_stream_of_the_one_that_let_it(streams: C
     with here():
         assert torch.cuda.current_stream() == ours
     assert torch.cuda.current_stream() != ours
+
+
+TO_THE_SECOND_CARD = """
+import torch
+from lowvram.offload.streams import CudaStreams
+
+streams = CudaStreams(torch.device("cuda", 1))
+with streams.copying():
+    torch.ones(1, device="cuda:1")
+with streams.here()():
+    torch.ones(1, device="cuda:1")
+raise SystemExit(torch._C._cuda_hasPrimaryContext(0))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA cards")
+def test_the_second_card_is_used_without_a_context_on_the_first():
+    assert subprocess.run([sys.executable, "-c", TO_THE_SECOND_CARD]).returncode == 0
 
 
 @needs_card

@@ -61,3 +61,7 @@ def test_a_size_is_what_its_grid_was_made_of():
 def test_newer_files_write_pixel_bounds_as_a_size():
     newer = {key: value for key, value in PREPROCESSOR_CONFIG.items() if key not in ("min_pixels", "max_pixels")}
     assert read_recipe(newer | {"size": {"shortest_edge": 3136, "longest_edge": 12_845_056}}) == RECIPE
+
+
+def test_pixel_bounds_of_their_own_go_before_those_of_a_size():
+    assert read_recipe(PREPROCESSOR_CONFIG | {"size": {"shortest_edge": 1, "longest_edge": 2}}) == RECIPE

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -30,6 +30,7 @@ DEFAULT = MediaParams()
 
 
 @given(st.integers(28, 3000), st.integers(28, 3000), st.sampled_from([(3136, 12_845_056), (100_352, 602_112)]))
+@example(28, 98, (3136, 12_845_056))  # fits at the very bound, and is not enlarged
 def test_sizes_equal_the_reference_processors(height: int, width: int, bounds: tuple[int, int]):
     assert fit_size(height, width, 28, *bounds) == smart_resize(height, width, 28, *bounds)
 
@@ -46,6 +47,7 @@ def test_a_fitted_size_is_whole_tokens_and_fits_again(height: int, width: int):
 
 def test_a_side_is_never_pressed_to_nothing():
     assert fit_size(10, 2000, 28, 4 * 28**2, 9 * 28**2) == (28, 1176)
+    assert fit_size(2000, 10, 28, 4 * 28**2, 9 * 28**2) == (1176, 28)
 
 
 def test_a_caller_cannot_make_an_image_smaller_than_the_checkpoint_does():
@@ -140,6 +142,7 @@ def test_frames_are_in_pairs_and_never_more_than_there_are(available: int, fps: 
 
 def test_a_number_of_frames_asked_for_is_rounded_to_pairs():
     assert count_frames(300, 30.0, DEFAULT, n_frames=7) == 8
+    assert count_frames(8, 30.0, DEFAULT, n_frames=7) == 8
 
 
 @pytest.mark.parametrize("n_frames", [1, 12])

@@ -108,7 +108,6 @@ def test_what_is_measured_is_what_is_opened(preprocessor: Preprocessor, sounding
         assert shape.prompt_tokens == len(prompt.inputs.input_ids)
         assert shape.next_position == prompt.inputs.next_position
     assert shape.grids == ((1, 14, 22), (3, 20, 28))
-    assert shape.largest_visual_patches == 20 * 28
     assert (shape.image_tokens, shape.video_tokens, shape.audio_tokens) == (7 * 11, 3 * 10 * 14, 75 + 112)
     assert shape.text_tokens == shape.prompt_tokens - 77 - 420 - 187
     assert shape.audio_windows == 2 + 3
@@ -259,6 +258,11 @@ def test_a_sound_that_ends_before_the_cut_leaves_the_video_silent(preprocessor: 
 def test_an_audio_part_may_be_the_sound_of_a_video(preprocessor: Preprocessor, sounding: Path):
     shape = preprocessor.measure(user({"type": "audio", "audio": sounding}))
     assert (shape.audio_tokens, shape.video_tokens) == (75, 0)
+
+
+def test_an_audio_part_that_begins_after_the_sound_of_its_video_is_refused(preprocessor: Preprocessor, sounding: Path):
+    with pytest.raises(MediaError, match="0 samples"):
+        preprocessor.measure(user({"type": "audio", "audio": sounding, "audio_start": 9.0}))
 
 
 def test_positions_follow_the_frame_rate_that_was_asked_for(preprocessor: Preprocessor, silent: Path):

@@ -13,7 +13,7 @@ import torch
 from lowvram.quant import cuda, int8_cuda
 from lowvram.quant.cuda import CudaBackend
 from lowvram.quant.int8_cuda import Int8CudaBackend
-from lowvram.quant.nvrtc import Source, load_kernels
+from lowvram.quant.nvrtc import Source, load_kernels, obstacle_on
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 CARD = torch.device("cuda")
@@ -157,3 +157,10 @@ def test_a_card_on_which_the_kernel_is_wrong_is_left_to_others(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sys.modules[backend.__module__], "self_test", lambda *_: 0.25)
     assert backend.obstacle(CARD, torch.float16) == "its kernel is wrong on this machine, by 25.0%"
+
+
+@needs_nvrtc
+def test_a_kernel_is_tried_whatever_an_applications_default_device_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with torch.device("meta"):
+        assert obstacle_on(CARD, torch.float16, lambda: float(torch.zeros(1))) == ""

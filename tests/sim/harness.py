@@ -145,11 +145,17 @@ QUESTIONS = {
 class Host:
     """The demo in float32 on a card that is all its own; `tables_bytes` is what opening leaves there for good."""
 
-    def __init__(self, card: Card, demo: Path, limits: Limits | None = None) -> None:
+    def __init__(self, card: Card, demo: Path, limits: Limits | None = None, remember: str | None = None) -> None:
         self.card, self.meter = card, CardMeter(card)
         device = Device(DEVICE, "a simulated card", PLENTY_BYTES)
         self.omni = OmniRuntime.open(
-            demo, device=device, dtype="float32", vram=PLENTY_BYTES, limits=limits, meter=self.meter
+            demo,
+            device=device,
+            dtype="float32",
+            vram=PLENTY_BYTES,
+            limits=limits,
+            meter=self.meter,
+            remember=remember,
         )
         self.tables_bytes = card.live_bytes
 
