@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from .errors import LowVRAMError
 from .events import Event, Finished
-from .listeners import Listener, Reply, SoFar, Speech, answer_record, follow, speech_to, unused_path, used_lines
+from .listeners import (
+    Listener,
+    Reply,
+    SoFar,
+    Speech,
+    answer_record,
+    follow,
+    speech_to,
+    speech_to_new_file,
+    used_lines,
+)
 from .options import SpeechParams
 from .speech_flags import DEFAULT_OUTPUT, Voice
 
@@ -35,9 +45,10 @@ def sounds_for(voice: Voice) -> list[Speech]:
     """Where speech goes. Raises OptionError or BackendError for what cannot be written or played, before a model is
     opened."""
     sounds: list[Speech] = []
-    if voice.output is not None or not voice.play:
-        output = str(unused_path(Path(DEFAULT_OUTPUT))) if voice.output is None else voice.output
-        sounds.append(speech_to(output, sys.stdout))
+    if voice.output is not None:
+        sounds.append(speech_to(voice.output, sys.stdout))
+    elif not voice.play:
+        sounds.append(speech_to_new_file(Path(DEFAULT_OUTPUT)))
     if voice.play:
         from .playback import open_loudspeaker
 

@@ -27,7 +27,8 @@ PUBLISHED_DTYPE = "float16"
 
 
 def examine() -> dict[str, Any]:
-    """Look at this machine; nothing is downloaded or compiled. A device that is not there is a finding, no error."""
+    """Look at this machine. Nothing is downloaded, nor compiled unless a kernel kept here before turns out damaged. A
+    device that is not there is a finding, no error."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from .kernel_report import report_absent_card, report_by_name, report_int8_on_absent_card

@@ -1,7 +1,8 @@
-"""A device -> the code that would multiply by 4- and 8-bit weights there, and why that code, without compiling any.
+"""A device -> the code that would multiply by 4- and 8-bit weights there, and why that code, with nothing new compiled.
 
 `quant.matmul` and `quant.int8_matmul` choose for real, and compile and try out what they must. This says beforehand
 what it would come to; only whether a CUDA kernel compiles and is right on a card is not known before a model is opened.
+What is kept compiled is tried out here too, and made again where it is damaged.
 """
 
 from __future__ import annotations

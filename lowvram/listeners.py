@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -131,11 +130,13 @@ class Speech(Listener):
 class SpeechFile(Speech):
     """Sound to a file of the kind that its name says.
 
-    The file is opened with the first sound, so that a turn that fails before that leaves an older file alone.
+    The file is opened with the first sound, so that a turn that fails before that leaves an older file alone. One that
+    is to be new (`is_new`) gets its name then, too (`new_file`).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_new: bool = False) -> None:
         self._path = path
+        self._is_new = is_new
         self._writer: SoundWriter | None = None
 
     def show(self, event: Event) -> None:
@@ -152,8 +153,9 @@ class SpeechFile(Speech):
         from .sound_file import open_sound_file
 
         if self._writer is None:
-            self._writer = open_sound_file(self._path)
-            self.written_to = str(self._path)
+            path = new_file(self._path) if self._is_new else self._path
+            self._writer = open_sound_file(path)
+            self.written_to = str(path)
         self._writer.write(samples)
 
     @contextmanager
@@ -247,11 +249,30 @@ def speech_to(output: str, stdout: TextIO) -> Speech:
 
     path = Path(output)
     check_ending(path)
-    try:
+    with _refusing(path):
         _require_writable(path)
-    except OSError as error:
-        raise OptionError(f"{path} cannot be written: {error.strerror}", hint="choose another place with -o") from error
     return SpeechFile(path)
+
+
+def speech_to_new_file(path: Path) -> Speech:
+    """Speech to `path`, or where there is something already, to the next of its names that is free when sound comes.
+
+    Raises OptionError where no file can be made.
+    """
+    new_file(path).unlink()
+    return SpeechFile(path, is_new=True)
+
+
+def new_file(path: Path) -> Path:
+    """Make an empty file: `path` itself, or the first of name-2, name-3, ... at which there is nothing yet. Of several
+    processes that want one at the same moment each gets its own. Raises OptionError where none can be made."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    with _refusing(path):
+        for candidate in chain([path], numbered):
+            with suppress(FileExistsError):
+                candidate.open("xb").close()
+                return candidate
+    raise AssertionError("numbers do not end")
 
 
 def _require_writable(path: Path) -> None:
@@ -260,16 +281,20 @@ def _require_writable(path: Path) -> None:
         raise OptionError(f"the folder {path.parent} for {path.name} does not exist", hint="make it, or choose another")
     if path.is_fifo():  # opening it would wait for a reader
         raise OptionError(f"{path} is a pipe, but a sound file is written in place", hint=f"raw sound: -o - > {path}")
-    is_new = not os.path.lexists(path)  # a link to nowhere is the user's
-    path.open("ab").close()
-    if is_new:
+    try:
+        path.open("xb").close()
+    except FileExistsError:  # of a link to nowhere, too, which is the user's
+        path.open("ab").close()
+    else:
         path.unlink()
 
 
-def unused_path(path: Path) -> Path:
-    """The path itself, or the first of name-2, name-3, ... at which there is nothing yet."""
-    numbered = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
-    return next(candidate for candidate in chain([path], numbered) if not os.path.lexists(candidate))
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written: {error.strerror}", hint="choose another place with -o") from error
 
 
 def write_text(text: str, out: TextIO, end: str = "\n") -> None:

@@ -357,7 +357,7 @@ def _read_config(checkpoint: Checkpoint) -> Any:
     """The library's config of a published one, old key spellings included, with our attention chosen."""
     published = copy.deepcopy(dict(checkpoint.config))  # the library writes into what it is given
     try:
-        with _without_vocabulary_warnings():
+        with without_vocabulary_warnings():
             config: Any = Qwen2_5OmniConfig.from_dict(published)
     except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
@@ -372,7 +372,7 @@ def _read_config(checkpoint: Checkpoint) -> Any:
 
 
 @contextmanager
-def _without_vocabulary_warnings() -> Iterator[None]:
+def without_vocabulary_warnings() -> Iterator[None]:
     """The library warns, 7 times a checkpoint, that the talker's text ids lie outside its codec vocabulary. They do."""
     log = logging.getLogger("transformers.configuration_utils")
 

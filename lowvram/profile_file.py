@@ -92,8 +92,10 @@ def read_profile(path: Path) -> ProfileFile:
         return ProfileFile.from_json(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}", hint=HINT) from error
-    except (OptionError, ValueError, RecursionError) as error:
-        raise OptionError(f"{path}: {error.args[0] if error.args else error!r}", hint=HINT) from error
+    except OptionError as error:
+        raise OptionError(f"{path}: {error.args[0]}", hint=HINT) from error
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{path} is not a {FORMAT}: {error}", hint=HINT) from error
 
 
 def write_file(path: Path, text: str) -> None:

@@ -93,8 +93,7 @@ class Reading:
         return tuple(audio for audio in self.inputs.audios if int(audio.rows[-1]) >= self.known_tokens)
 
     def recall(self, cache: KVCache, talker_rows: Tensor | None) -> None:
-        """Bring what is known into an empty cache and the rows [T, H] of this prompt. It is then no longer kept: there
-        is one copy at a time."""
+        """Bring what is known into an empty cache and the rows [T, H] of this prompt. It is then no longer kept."""
         if self._recall is None or self._recall.last is None or not self.known_tokens:
             return
         last = self._recall.last
@@ -112,6 +111,7 @@ class Reading:
         n = min(read_tokens, self._recall.most_bytes // (cache.bytes_per_token + row_bytes))
         if not n:
             return
+        self._recall.last = None  # first: there is one copy at a time
         try:
             self._recall.last = Remembered(
                 self.inputs.input_ids[:n],

@@ -108,11 +108,8 @@ class Sampler:
         return token_id
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """Probabilities [V] float32 from which a draw is made (one-hot when greedy)."""
-        scores = self._filtered(logits.float())
-        if self._params.greedy:
-            return torch.zeros_like(scores).index_fill_(0, scores.argmax(), 1.0)
-        return self._warped(scores).softmax(-1)
+        """Probabilities [V] float32 from which a draw is made, where it is one: the greedy choice is the best score."""
+        return self._warped(self._filtered(logits.float())).softmax(-1)
 
     def _ranked(self, logits: Tensor) -> Tensor:
         """Scores [V] float32, the highest of which is what is drawn."""

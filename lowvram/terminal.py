@@ -15,7 +15,7 @@ from .listeners import Listener, ProgressLines, progress_amount
 def progress_shown(quiet: bool = False, verbose: bool = False) -> Iterator[Listener]:
     """Somewhere to show progress, with the package's own warnings beside it, if `verbose` also what it chose and why;
     nothing if it is to be quiet."""
-    progress = Listener() if quiet else Bar() if sys.stderr.isatty() else ProgressLines(sys.stderr)
+    progress = Listener() if quiet else Bar() if _can_draw() else ProgressLines(sys.stderr)
     log, handler = logging.getLogger(__package__), _Log(progress)
     level = log.level
     log.addHandler(handler)
@@ -27,6 +27,15 @@ def progress_shown(quiet: bool = False, verbose: bool = False) -> Iterator[Liste
         log.setLevel(level)
         log.removeHandler(handler)
         progress.close()
+
+
+def _can_draw() -> bool:
+    """Whether stderr is a terminal that can take back what it shows; in an editor, one often cannot (TERM=dumb)."""
+    if not sys.stderr.isatty():
+        return False
+    from rich.console import Console
+
+    return Console(stderr=True).is_interactive
 
 
 class Bar(Listener):
@@ -52,7 +61,7 @@ class Bar(Listener):
 
     def show(self, event: Event) -> None:
         match event:
-            case TextDelta():
+            case TextDelta() if not self._over:
                 self.close()
                 self._over = True
             case Progress(stage=stage, done=done, total=total) if not self._over:

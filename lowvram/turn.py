@@ -43,7 +43,7 @@ from .talker import Talker, TextRows, seen_by_penalty, talk
 from .thinker import Prefilled, Thinker, decode, prefill
 from .token2wav.conditioning import Conditionings, Setting, Speaker, condition
 from .token2wav.stream import decode_speech
-from .token2wav.windows import SAMPLE_RATE_HZ
+from .token2wav.windows import CODES_PER_SECOND, SAMPLE_RATE_HZ
 
 log = logging.getLogger(__name__)
 
@@ -273,6 +273,7 @@ class Turn:
         cache = self._cache("thinker", self.machine.model.thinker, max_tokens, self._keep_what_was_read)
         recall = partial(self.request.reading.recall, cache, self._talker_rows)
         self.room.attempt(recall, stage="thinker")
+        self._read_tokens = self.request.reading.known_tokens
         progress = prefill(
             self._thinker(),
             self._prompt,
@@ -358,6 +359,8 @@ class Turn:
         )
         for code in codes:
             self._codec_ids.append(code)
+            if len(self._codec_ids) % CODES_PER_SECOND == 0 and "token2wav" not in self.room.phase.stages:
+                self._outbox.append(Progress("talk", len(self._codec_ids), None, "codes"))  # else nobody hears of it
             yield code
         self._speech_finish_reason = "length" if len(self._codec_ids) == max_codes else "stop"
         self.room.end("talker")

@@ -24,9 +24,10 @@ from lowvram.listeners import (
     answer_record,
     event_record,
     follow,
+    new_file,
     progress_amount,
     speech_to,
-    unused_path,
+    speech_to_new_file,
     used_lines,
     write_text,
 )
@@ -239,13 +240,23 @@ def test_a_line_that_is_no_progress_is_said_as_it_is():
     assert out.getvalue() == "warning: long\n"
 
 
-def test_an_unused_path_is_counted_up_past_what_is_there(tmp_path: Path):
-    names = []
-    for _ in range(3):
-        path = unused_path(tmp_path / "reply.wav")
-        path.touch()
-        names.append(path.name)
-    assert names == ["reply.wav", "reply-2.wav", "reply-3.wav"]
+def test_a_new_file_is_counted_up_past_what_is_there(tmp_path: Path):
+    (tmp_path / "reply.wav").mkdir()
+    assert [new_file(tmp_path / "reply.wav").name for _ in range(2)] == ["reply-2.wav", "reply-3.wav"]
+
+
+def test_two_answers_at_once_share_no_file(tmp_path: Path):
+    both = [speech_to_new_file(tmp_path / "reply.wav") for _ in range(2)]
+    assert not list(tmp_path.iterdir())  # until there is sound
+    for number, speech in enumerate(both, start=1):
+        speech.show(sound(number))
+        speech.close()
+    assert [soundfile.info(str(speech.written_to)).duration for speech in both] == [1, 2]
+
+
+def test_a_folder_that_takes_no_new_file_is_refused_before_there_is_any_sound(tmp_path: Path):
+    with pytest.raises(OptionError, match=r"reply\.wav cannot be written: No such file or directory"):
+        speech_to_new_file(tmp_path / "gone" / "reply.wav")
 
 
 def test_a_speech_file_is_made_with_the_first_sound_and_whole_after_every_chunk(tmp_path: Path):

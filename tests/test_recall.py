@@ -175,6 +175,22 @@ def test_what_a_cancelled_turn_has_read_is_known(omni: OmniRuntime, remembering:
     assert said(found) == said(answer(omni, MESSAGES))
 
 
+def test_a_turn_that_is_cancelled_before_it_reads_on_forgets_nothing(
+    remembering: OmniRuntime, monkeypatch: pytest.MonkeyPatch
+):
+    first = answer(remembering, MESSAGES)
+    recall = Reading.recall
+
+    def cancelled(reading: Reading, *where: Any) -> None:
+        recall(reading, *where)
+        remembering.cancel()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reading, "recall", cancelled)
+        assert answer(remembering, MESSAGES).finish_reason == "cancelled"
+    assert answer(remembering, MESSAGES).recalled_tokens == first.prompt_tokens - 1
+
+
 def test_a_turn_that_was_closed_in_the_middle_of_its_prompt_leaves_what_it_has_read(demo: Path, omni: OmniRuntime):
     limits = Limits(prefill_chunk_tokens=16)
     with OmniRuntime.open(demo, device="cpu", dtype="float32", remember="64MiB", limits=limits) as remembering:

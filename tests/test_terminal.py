@@ -35,6 +35,19 @@ def test_a_bar_tells_progress_to_a_terminal_until_there_are_words(monkeypatch: p
     assert terminal.getvalue() == shown
 
 
+@pytest.mark.parametrize(("term", "told"), [("dumb", "prefill: 1 of 2 tokens\n"), ("xterm", "\x1b[")])
+def test_a_terminal_that_takes_nothing_back_gets_lines(term: str, told: str, monkeypatch: pytest.MonkeyPatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", term)
+    with progress_shown() as progress:
+        progress.show(Progress("prefill", 1, 2, "tokens"))
+        for word in ("one", " two"):
+            progress.show(TextDelta(word))
+    assert (told in terminal.getvalue(), "\n\n" in terminal.getvalue()) == (True, False)
+
+
 def test_the_packages_warnings_are_lines_beside_the_progress_while_it_is_shown(capsys: pytest.CaptureFixture[str]):
     log = logging.getLogger("lowvram.anywhere")
     with progress_shown():

@@ -141,6 +141,22 @@ def test_streaming_every_layer_changes_nothing_and_holds_less(deep_demo: Path):
         assert max(held_bytes) < sum(b.n_bytes for part in omni._machine.model.components.values() for b in part)
 
 
+def test_a_talker_without_sound_in_its_phase_tells_of_every_second(omni: OmniRuntime):
+    sampling = SamplingParams(max_tokens=200, temperature=2.0, seed=2)
+    speech = replace(SPEECH, sampling=replace(SPEECH.sampling, max_tokens=120, seed=1), steps=2)
+
+    def told(cuts: Sequence[Sequence[str]]) -> tuple[int, list[int]]:
+        with omni.preprocessor.open(MESSAGES, MEDIA) as prompt:
+            turn = turn_of(omni, prompt.inputs, plan_of(cuts), sampling=sampling, speech=speech)
+            events = list(turn.run())
+        done = [event.done for event in events if isinstance(event, Progress) and event.stage == "talk"]
+        return len(events[-1].codec_ids), done
+
+    codes, done = told([[stage] for stage in STAGES])
+    assert done and done == [*range(50, codes + 1, 50)]
+    assert told([STAGES]) == (codes, [])
+
+
 @pytest.mark.parametrize("prefill", [1, 7, 64])
 def test_prefill_chunks_change_nothing(omni: OmniRuntime, whole: Any, prefill: int):
     said, _ = answer(run(omni, plan_of([STAGES], prefill_chunk_tokens=prefill)))

@@ -126,7 +126,10 @@ def _float_tensors(config: dict[str, Any], size: DemoSize) -> Iterator[tuple[str
     from transformers.models.qwen2_5_omni import configuration_qwen2_5_omni as configs
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modules
 
-    parsed: Any = configs.Qwen2_5OmniConfig.from_dict(config)
+    from ..model import without_vocabulary_warnings
+
+    with without_vocabulary_warnings():
+        parsed: Any = configs.Qwen2_5OmniConfig.from_dict(config)
     thinker, talker, token2wav = parsed.thinker_config, parsed.talker_config, parsed.token2wav_config
     with torch.device("meta"):
         parts = {

@@ -18,9 +18,14 @@ from ..errors import MediaError
 from ..options import Limits
 from .sources import Stored
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-ANIMATED_FORMATS = ("PNG", "WEBP", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+"""Pillow's names of readers; it has had AVIF since 11.3, in builds with libavif."""
+ANIMATED_FORMATS = ("PNG", "WEBP", "GIF", "AVIF")
 """JPEG (MPO) and TIFF may hold several pictures too, but as previews and pages."""
+
+HEIF_BRANDS = tuple(b"heic heix heim heis hevc hevx hevm hevs mif1 msf1 avif avis".split())
+"""What files of the HEIF family begin with: photos of phones (HEIC) and AVIF. FFmpeg takes each tile of such a photo
+for a video of its own and would show one of them, a small corner of the whole."""
 
 UNTIMED_MS = 100
 """How long browsers show a picture whose duration is 0."""
@@ -40,7 +45,7 @@ SIGNATURE_BYTES = 16
 def open_picture(stored: Stored, limits: Limits) -> Iterator[Image.Image | None]:
     """The picture that Pillow sees in these bytes, not yet decoded, or None.
 
-    Raises MediaError: more than `limits.max_source_pixels`.
+    Raises MediaError: more than `limits.max_source_pixels`, or of the HEIF family and not to be read here.
     """
     with stored.reader() as file:
         try:
@@ -55,6 +60,7 @@ def open_picture(stored: Stored, limits: Limits) -> Iterator[Image.Image | None]
         except DAMAGE:
             picture = None
         if picture is None:
+            _refuse_heif(stored)
             yield None
             return
         with picture:
@@ -70,13 +76,23 @@ def _identify(file: BinaryIO) -> Image.Image | None:
     """
     Image.init()
     head = file.read(SIGNATURE_BYTES)
-    for name in FORMATS:
+    for name in filter(Image.OPEN.__contains__, FORMATS):
         reader, accepts = Image.OPEN[name]
         if accepts is None or accepts(head) is True:
             file.seek(0)
             with suppress(*NOT_THIS_FORMAT):
                 return reader(file, "")
     return None
+
+
+def _refuse_heif(stored: Stored) -> None:
+    head = stored.read_at(4, 8)
+    if head[:4] == b"ftyp" and head[4:] in HEIF_BRANDS:
+        raise MediaError(
+            f"{stored.name}, {stored.size_bytes:,} bytes, is a picture in HEIC or AVIF that cannot be read here",
+            path=stored.name,
+            hint="save it as JPEG",
+        )
 
 
 def check_pixels(name: str, width: int, height: int, limits: Limits) -> None:

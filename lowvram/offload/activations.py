@@ -233,23 +233,21 @@ class SoundShape:
         return encoding + 2 * self.constants_bytes(evaluations)
 
     def state_bytes(self, decoding: Decoding) -> int:
-        """What is kept between chunks, however long the speech. 7B, exactly: 25.4 MB, in "balanced" 18.0 MB.
+        """What is kept between chunks, however long the speech. 7B: 24.2 MB, in "balanced" 16.8 MB.
 
         The constants; per evaluation the border of the DiT's layers, and, but for cached modes, frames that wait: a
-        block, and in "offload" the chunk that the evaluation before gave. The vocoder's tails together are worth 230
-        frames of its widest layer (5.3 MB, as traced).
+        block, and in "offload" the chunk that the evaluation before gave. The vocoder has its tails.
         """
-        tails = 230 * self.vocoder_elements_per_frame * TOKEN2WAV_WIDTH_BYTES
-        return self.constants_bytes(decoding.evaluations) + self._border_bytes(decoding) + tails
+        return self.constants_bytes(decoding.evaluations) + self._border_bytes(decoding) + self._tails_bytes
 
     def activation_bytes(self, decoding: Decoding) -> int:
         """A chunk in the DiT or in the vocoder, whichever is larger; they take turns.
 
         At the end of an exact speech the blocks that waited in each evaluation come together, the last of them with the
-        newest one; what they waited in is free then. The vocoder's receptive field holds back 34 frames more. Per
-        frame, in an anti-aliased activation of its widest layer: the residual, the running sum of three branches, and,
-        at twice the rate, input, sine, square and scaled square (10 layers, as traced), and two more to join the chunk
-        to its tail.
+        newest one; what they waited in is free then. The vocoder's receptive field holds back 34 frames more; a
+        frame takes 10 layers, as traced, in an anti-aliased activation of its widest layer: the residual and the
+        running sum of three branches, the chunk as it came and joined to its tail, and what is computed at twice the
+        rate. Beside the new tails those from before are kept until the step is done, in case it is to be undone.
         """
         chunk_frames = decoding.chunk_codes * self.repeats
         at_once_bytes = self._frames_at_once(decoding) * self._frame_bytes + self._standing_bytes(decoding)
@@ -257,8 +255,13 @@ class SoundShape:
         if not decoding.ahead_codes:
             ending_frames = self.block_frames * (decoding.evaluations + 1)
             end_bytes = ending_frames * self._frame_bytes - self._border_bytes(decoding)
-        vocoder_bytes = (chunk_frames + 34) * 12 * self.vocoder_elements_per_frame * TOKEN2WAV_WIDTH_BYTES
-        return max(at_once_bytes, end_bytes, vocoder_bytes)
+        widest_bytes = (chunk_frames + 34) * 10 * self.vocoder_elements_per_frame * TOKEN2WAV_WIDTH_BYTES
+        return max(at_once_bytes, end_bytes, widest_bytes + self._tails_bytes)
+
+    @property
+    def _tails_bytes(self) -> int:
+        """What the vocoder's layers keep: together as much as 178 frames of the widest (4.1 MB, as traced)."""
+        return 178 * self.vocoder_elements_per_frame * TOKEN2WAV_WIDTH_BYTES
 
     def _frames_at_once(self, decoding: Decoding) -> int:
         """The frames that go through a layer of the DiT together."""

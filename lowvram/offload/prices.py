@@ -322,7 +322,7 @@ def holdings_of(blocks: tuple[BlockSize, ...]) -> tuple[Holding, ...]:
 def _holding(blocks: Sequence[BlockSize], kept: frozenset[int]) -> Holding:
     *layers, rest = blocks
     streamed = [layer for i, layer in enumerate(layers) if i not in kept]
-    slots_bytes = min(STREAM_SLOTS, len(streamed)) * max(layer.device_bytes for layer in streamed)
+    slots_bytes = STREAM_SLOTS * max(layer.device_bytes for layer in streamed)
     kept_bytes = sum(layer.device_bytes for i, layer in enumerate(layers) if i in kept)
     held_bytes = kept_bytes + rest.device_bytes + slots_bytes
     return Holding(len(kept), len(streamed), held_bytes, sum(layer.n_bytes for layer in streamed))

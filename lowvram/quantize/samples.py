@@ -8,6 +8,7 @@ are always among the texts.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..encoders import AudioTower, VisionTower, embed_prompt, encode_audios, encode_visuals
-from ..errors import OptionError
+from ..errors import MediaError, OptionError
 from ..flow import ModelInputs
 from ..media import open_medium
 from ..model import OmniModel
@@ -32,6 +33,8 @@ from ..offload.residency import Residency
 from ..options import Limits, MediaParams
 from ..preprocess import Preprocessor
 from ..preprocess.messages import read_messages
+
+log = logging.getLogger(__name__)
 
 BUILT_IN = Path(__file__).with_name("texts.jsonl")
 """134 conversations in 26 languages, code and sums among them, written for this project: 136 KB without the JSON."""
@@ -123,17 +126,16 @@ def choose_blocks(lengths: Sequence[int], *, samples: int, sample_tokens: int, s
 
 def read_source(source: str, limits: Limits) -> Iterator[str | list[dict[str, Any]]]:
     """The texts and conversations in a file, or in all files of a folder and its subfolders, by name; hidden ones are
-    passed over. Raises OptionError for a folder without any."""
+    passed over, and with a warning those that are no media: a folder of clips may hold notes as well.
+
+    Raises OptionError for a folder with nothing to use in it, and MediaError for a file named by itself that is none.
+    """
+    if not source:  # which would be the current folder
+        raise OptionError("a path to calibrate on is empty: 0 characters", hint="name a file or a folder")
     source = os.path.expanduser(source)
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
-        if not files:
-            raise OptionError(
-                f"{path} holds 0 files to calibrate on", hint="texts (.txt, .jsonl), sounds, pictures or clips"
-            )
-        for file in files:
-            yield from read_source(str(file), limits)
+        yield from _read_folder(path, limits)
     elif path.suffix.lower() == ".jsonl":
         yield from read_lines(path)
     elif path.suffix.lower() == ".txt":
@@ -143,6 +145,22 @@ def read_source(source: str, limits: Limits) -> Iterator[str | list[dict[str, An
             kind = medium.kind
         question = {"type": "text", "text": QUESTION}
         yield [{"role": "user", "content": [{"type": kind, kind: source}, question]}]
+
+
+def _read_folder(folder: Path, limits: Limits) -> Iterator[str | list[dict[str, Any]]]:
+    """See `read_source`."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder)))
+    passed_over = 0
+    for file in files:
+        try:
+            yield from read_source(str(file), limits)
+        except MediaError as error:
+            log.warning("passed over: %s", error.args[0])
+            passed_over += 1
+    if passed_over == len(files):
+        raise OptionError(
+            f"{folder} holds 0 files to calibrate on", hint="texts (.txt, .jsonl), sounds, pictures or clips"
+        )
 
 
 def read_lines(path: Path) -> Iterator[str | list[dict[str, Any]]]:

@@ -1,8 +1,9 @@
 """Mel frames to samples as they come: the reference's BigVGAN with a memory in every layer.
 
-Each convolution keeps the inputs (a transposed one the outputs) that the next frames still touch, so nothing is
-computed twice and the samples equal those of the whole utterance. Padding happens at its true ends only. Sound lags
-the mel by the receptive field, 33.45 frames; the state, 5 MB at the published size, does not grow.
+Each layer keeps the inputs (a transposed convolution the outputs) that the next frames still touch, so that the samples
+equal those of the whole utterance; a few within activations are computed again, and less than two frames at the ends.
+Padding happens at the true ends only. Sound lags the mel by the receptive field, 33.45 frames; the state, 4.1 MB at the
+published size, does not grow.
 
 Layers here take and give [1, C, S], and any length may be 0, but for the last push: it always brings something, as
 every layer that looks ahead has kept something back.
@@ -11,7 +12,6 @@ every layer that looks ahead has kept something back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,24 +20,29 @@ from torch import Tensor, nn
 
 from .carry import Carry, Cell, Snapshot
 
-Kernel = Callable[[], tuple[Tensor, Tensor | None]]
-"""A convolution's kernel and bias, looked up at each use: they may have been elsewhere meanwhile."""
+Function = Callable[[Tensor, int, int], Tensor]
+"""Of the samples [1, C, S] that overlapping windows see, and how many of the first and of the last S are padding: one
+output per window. It looks its weights up at each use: they may have been elsewhere meanwhile."""
 
 
 class StreamingVocoder:
-    """One utterance through `Qwen2_5OmniToken2WavBigVGANModel`, whose submodules are used as they are; its own
-    `forward` wants the whole utterance. Its weights are in place while `push` runs, and may be elsewhere in between.
+    """One utterance through `Qwen2_5OmniToken2WavBigVGANModel`, whose weights are used where they are; its own
+    `forward` wants the whole utterance. They are in place while `push` runs, and may be elsewhere in between.
     """
 
     def __init__(self, vocoder: nn.Module) -> None:
         reference: Any = vocoder
         self._carry = carry = Carry()
         branches = reference.num_residual_blocks
-        layers: list[_Streaming] = [_convolution(reference.conv_pre, carry)]
+        frame = 1
+        layers: list[_Streaming] = [_convolution(reference.conv_pre, carry, frame)]
         for level, (upsample,) in enumerate(reference.ups):
+            frame *= upsample.stride[0]
             blocks = reference.resblocks[level * branches : (level + 1) * branches]
-            layers += [_transposed(upsample, carry), _Mean([_residual_block(block, carry) for block in blocks], carry)]
-        layers += [_antialiased(reference.activation_post, carry), _convolution(reference.conv_post, carry)]
+            mean = _Mean([_residual_block(block, carry, frame) for block in blocks], carry)
+            layers += [_Transposed(upsample, carry), mean]
+        layers += [_antialiased(reference.activation_post, carry, frame)]
+        layers += [_convolution(reference.conv_post, carry, frame)]
         self._network = _Chain(layers)
         self._to_decibel: Callable[[Tensor], Tensor] = reference.process_mel_spectrogram
         self._started = carry.cell(False)
@@ -119,81 +124,68 @@ class _Mean:
         return torch.stack([y[..., :ready] for y in outputs]).mean(0)
 
 
-class _Pointwise:
-    """A function of each sample alone."""
+class _Windowed:
+    """A function of overlapping windows that pads its true ends and keeps the inputs that its next window starts with.
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self._function = function
-
-    def push(self, x: Tensor, last: bool) -> Tensor:
-        return self._function(x)
-
-
-class _Convolution:
-    """conv1d that pads its true ends and keeps the inputs that its next window starts with."""
+    At the ends its windows are filled up to whole mel frames, of `frame` windows each: libraries prepare a kernel for
+    every length they meet, and there each layer would bring lengths of its own.
+    """
 
     def __init__(
         self,
-        kernel: Kernel,
+        function: Function,
         carry: Carry,
         *,
-        pad: tuple[int, int],
+        channels: int,
+        span: int,
+        pad: int,
         mode: Literal["constant", "replicate"],
-        stride: int = 1,
-        dilation: int = 1,
-        groups: int = 1,
+        frame: int,
     ) -> None:
-        self._kernel = kernel
-        self._pad, self._mode = pad, mode
-        self._stride, self._dilation, self._groups = stride, dilation, groups
+        self._function, self._channels = function, channels
+        self._span, self._pad, self._mode = span, pad, mode
+        self._frame = frame
+        self._done = carry.cell(0)
         self._tail: Cell[Tensor | None] = carry.cell(None)
 
     def push(self, x: Tensor, last: bool) -> Tensor:
-        weight, bias = self._kernel()
-        left, right = self._pad
-        if self._tail.value is None and x.shape[-1]:
-            x = F.pad(x, (left, 0), self._mode)
         x = _join(self._tail.value, x)
-        if last:
-            x = F.pad(x, (0, right), self._mode)
-        span = (weight.shape[-1] - 1) * self._dilation + 1
-        windows = max(0, (x.shape[-1] - span) // self._stride + 1)
-        if x.shape[-1]:
-            self._tail.value = x[..., windows * self._stride :].clone()
-        if not windows:
-            return x.new_empty(1, weight.shape[0], 0)
-        return F.conv1d(x, weight, bias, stride=self._stride, dilation=self._dilation, groups=self._groups)
+        done = self._done.value
+        left, right = 0 if done else self._pad, self._pad if last else 0
+        windows = left + x.shape[-1] + right - self._span + 1
+        if windows <= 0:
+            self._tail.value = x.clone()
+            return x.new_empty(1, self._channels, 0)
+        right += -windows % self._frame
+        if left or right:
+            x = F.pad(x, (left, right), self._mode)
+        self._done.value = done + windows
+        self._tail.value = x[..., windows : windows + self._span - 1].clone()
+        return self._function(x, max(0, self._pad - done), right)[..., :windows]
 
 
 class _Transposed:
-    """conv_transpose1d that keeps its unfinished outputs, to which the next inputs add; `crop` are lost at each end."""
+    """`nn.ConvTranspose1d` that keeps its unfinished outputs, to which the next inputs add."""
 
-    def __init__(
-        self, kernel: Kernel, carry: Carry, *, stride: int, crop: tuple[int, int], replicate: int, groups: int
-    ) -> None:
-        self._kernel = kernel
-        self._stride, self._groups = stride, groups
-        crop_left, self._crop_right = crop
-        self._replicate = replicate
-        self._skip = carry.cell(crop_left)
+    def __init__(self, conv: Any, carry: Carry) -> None:
+        self._conv = conv
+        (self._crop,), (self._stride,) = conv.padding, conv.stride
+        self._skip = carry.cell(self._crop)
         self._tail: Cell[Tensor | None] = carry.cell(None)
 
     def push(self, x: Tensor, last: bool) -> Tensor:
-        weight, bias = self._kernel()
         if not x.shape[-1]:
-            return x.new_empty(1, weight.shape[1] * self._groups, 0)
+            return x.new_empty(1, self._conv.out_channels, 0)
+        y = F.conv_transpose1d(x, self._conv.weight, stride=self._stride)
         tail = self._tail.value
-        x = F.pad(x, (0 if tail is not None else self._replicate, self._replicate if last else 0), "replicate")
-        y = F.conv_transpose1d(x, weight, stride=self._stride, groups=self._groups)
         if tail is not None:
             y[..., : tail.shape[-1]] += tail
         final = x.shape[-1] * self._stride
         self._tail.value = y[..., final:].clone()
-        y = y[..., : y.shape[-1] - self._crop_right] if last else y[..., :final]
+        y = y[..., : y.shape[-1] - self._crop] if last else y[..., :final]
         skipped = min(self._skip.value, y.shape[-1])
         self._skip.value -= skipped
-        y = y[..., skipped:]
-        return y if bias is None else y + bias[:, None]
+        return y[..., skipped:] + self._conv.bias[:, None]
 
 
 def _or_nan(x: Tensor) -> Tensor:
@@ -205,56 +197,57 @@ def _join(waiting: Tensor | None, x: Tensor) -> Tensor:
     return x if waiting is None else torch.cat((waiting, x), -1)
 
 
-def _kernel_of(conv: Any) -> tuple[Tensor, Tensor | None]:
-    return conv.weight, conv.bias
-
-
-def _convolution(conv: Any, carry: Carry) -> _Convolution:
+def _convolution(conv: Any, carry: Carry, frame: int) -> _Windowed:
     """`nn.Conv1d`, stride 1."""
-    (padding,), (dilation,) = conv.padding, conv.dilation
-    return _Convolution(partial(_kernel_of, conv), carry, pad=(padding, padding), mode="constant", dilation=dilation)
+    (taps,), (padding,), (dilation,) = conv.kernel_size, conv.padding, conv.dilation
+
+    def convolve(x: Tensor, before: int, after: int) -> Tensor:
+        return F.conv1d(x, conv.weight, conv.bias, dilation=dilation)
+
+    span = (taps - 1) * dilation + 1
+    return _Windowed(convolve, carry, channels=conv.out_channels, span=span, pad=padding, mode="constant", frame=frame)
 
 
-def _transposed(conv: Any, carry: Carry) -> _Transposed:
-    """`nn.ConvTranspose1d`."""
-    (padding,), (stride,) = conv.padding, conv.stride
-    return _Transposed(partial(_kernel_of, conv), carry, stride=stride, crop=(padding, padding), replicate=0, groups=1)
+def _antialiased(activation: Any, carry: Carry, frame: int) -> _Windowed:
+    """`Qwen2_5OmniAntiAliasedActivation1d`: up by 2, activation, down by 2, each channel through one filter.
+
+    The reference pads its inputs, and once more what it activates, as if that went on at its ends' value.
+    """
+    up, down, act = activation.upsample, activation.downsample, activation.act
+    (channels,) = act.alpha.shape
+    rise, fall = up.kernel_size - up.stride, down.kernel_size - down.stride
+
+    def activate(x: Tensor, before: int, after: int) -> Tensor:
+        kernel = (up.ratio * up.filter).expand(channels, -1, -1)
+        y = _snake(act, F.conv_transpose1d(x, kernel, stride=up.stride, padding=rise, groups=channels))
+        before, after = (up.stride * padding - rise // 2 for padding in (before, after))
+        if before > 0:
+            y[..., :before] = y[..., before, None]
+        if after > 0:
+            y[..., -after:] = y[..., -after - 1, None]
+        return F.conv1d(y, down.filter.expand(channels, -1, -1), stride=down.stride, groups=channels)
+
+    span = (rise + fall) // up.stride + 1
+    return _Windowed(activate, carry, channels=channels, span=span, pad=up.pad, mode="replicate", frame=frame)
 
 
-def _antialiased(activation: Any, carry: Carry) -> _Chain:
-    """`Qwen2_5OmniAntiAliasedActivation1d`: up by 2, activation, down by 2, each channel through one filter."""
-    up, down = activation.upsample, activation.downsample
-    (channels,) = activation.act.alpha.shape
-    rise = _Transposed(
-        lambda: ((up.ratio * up.filter).expand(channels, -1, -1), None),
-        carry,
-        stride=up.stride,
-        crop=(up.pad_left, up.pad_right),
-        replicate=up.pad,
-        groups=channels,
-    )
-    fall = _Convolution(
-        lambda: (down.filter.expand(channels, -1, -1), None),
-        carry,
-        pad=(down.pad_left, down.pad_right),
-        mode="replicate",
-        stride=down.stride,
-        groups=channels,
-    )
-    return _Chain([rise, _Pointwise(activation.act), fall])
+def _snake(act: Any, x: Tensor) -> Tensor:
+    """`Qwen2_5OmniSnakeBeta`, operation by operation, in one tensor of the size of x where that makes three."""
+    flatness = (act.beta.exp() + act.no_div_by_zero).reciprocal()
+    return (x * act.alpha.exp()[:, None]).sin_().square_().mul_(flatness[:, None]).add_(x)
 
 
-def _residual_block(block: Any, carry: Carry) -> _Chain:
+def _residual_block(block: Any, carry: Carry, frame: int) -> _Chain:
     """`Qwen2_5OmniAMPBlock`: residual pairs of activation and convolution, the first one of each pair dilated."""
     pairs = zip(block.activations[::2], block.convs1, block.activations[1::2], block.convs2, strict=True)
-    return _Chain([_residual(act1, conv1, act2, conv2, carry) for act1, conv1, act2, conv2 in pairs])
+    return _Chain([_residual(act1, conv1, act2, conv2, carry, frame) for act1, conv1, act2, conv2 in pairs])
 
 
-def _residual(act1: Any, conv1: Any, act2: Any, conv2: Any, carry: Carry) -> _Residual:
+def _residual(act1: Any, conv1: Any, act2: Any, conv2: Any, carry: Carry, frame: int) -> _Residual:
     layers = (
-        _antialiased(act1, carry),
-        _convolution(conv1, carry),
-        _antialiased(act2, carry),
-        _convolution(conv2, carry),
+        _antialiased(act1, carry, frame),
+        _convolution(conv1, carry, frame),
+        _antialiased(act2, carry, frame),
+        _convolution(conv2, carry, frame),
     )
     return _Residual(_Chain(layers), carry)

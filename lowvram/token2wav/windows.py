@@ -81,28 +81,17 @@ def arrivals_codes(mode: SpeechMode, chunk_s: float) -> Iterator[int]:
     )
 
 
-def first_mel_codes(evaluations: int, mode: SpeechMode = "exact", chunk_s: float = BLOCK_S) -> int:
-    """Codes that must have come in before the first mel block is final: 120 for 9 evaluations, block by block."""
-    return _codes_until_final(1, evaluations, mode, chunk_s)
-
-
 def first_sound_codes(evaluations: int, mode: SpeechMode = "exact", chunk_s: float = BLOCK_S) -> int:
     """Codes that must have come in before the first sample is final: 132 (2.64 s of sound) for 9 evaluations, block by
-    block, and 144 in chunks of 0.96 s."""
-    return _codes_until_final(_FIRST_SOUND_BLOCKS, evaluations, mode, chunk_s)
+    block, and 144 in chunks of 0.96 s.
 
-
-def _codes_until_final(blocks: int, evaluations: int, mode: SpeechMode, chunk_s: float) -> int:
-    """Codes that must have come in before the first `blocks` of mel are final.
-
-    One evaluation of a block reads one block ahead of it (the look-ahead layer), so block 0 waits for as many blocks
-    as there are evaluations. In "offload" it also waits for an arrival between evaluations.
+    One evaluation of a block reads one block ahead of it (the look-ahead layer), so a block waits for as many more as
+    there are evaluations. In "offload" it also waits for an arrival between evaluations.
     """
-    per_arrival = chunk_codes(chunk_s) // BLOCK_CODES
     if mode in LOOK_AHEAD_BLOCKS:
-        chunks = Chunks.of(mode, chunk_s)
-        return BLOCK_CODES * (max(blocks, chunks.first_blocks) + chunks.ahead_blocks)
-    arrivals = math.ceil((evaluations + blocks) / per_arrival)
+        return BLOCK_CODES * (_FIRST_SOUND_BLOCKS + LOOK_AHEAD_BLOCKS[mode])
+    per_arrival = chunk_codes(chunk_s) // BLOCK_CODES
+    arrivals = math.ceil((evaluations + _FIRST_SOUND_BLOCKS) / per_arrival)
     if mode == "offload":
         arrivals += evaluations - 1
     return BLOCK_CODES * per_arrival * arrivals

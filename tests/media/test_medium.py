@@ -116,6 +116,13 @@ def test_text_is_no_medium(tmp_path: Path):
         open_medium(tmp_path / "notes.mp4", LIMITS)
 
 
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"avif"])
+def test_a_photo_in_tiles_is_refused_and_not_taken_for_a_video_of_one_of_them(brand: bytes, folder: Path):
+    content = (folder / "clip.mp4").read_bytes().replace(b"ftypisom", b"ftyp" + brand, 1)
+    with pytest.raises(MediaError, match=r"bytes, is a picture in HEIC or AVIF that cannot be read here \(save it as"):
+        open_medium(content, LIMITS)
+
+
 def test_a_container_without_tracks_has_neither_picture_nor_sound(folder: Path):
     with pytest.raises(MediaError, match="neither picture nor sound"):
         open_medium((folder / "silent.mp4").read_bytes().replace(b"trak", b"free"), LIMITS)

@@ -88,6 +88,9 @@ class Web(BaseHTTPRequestHandler):
     def chatter(self) -> None:
         self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
 
+    def paint(self) -> None:
+        self.wfile.write(b"HTTP/1.0 404 \x1b[31mred\r\n\r\n")
+
 
 asked: list[str] = []
 closing = threading.Event()
@@ -355,11 +358,11 @@ def test_a_server_that_misbehaves_is_a_media_error_soon(page: str, message: str,
     assert time.monotonic() - started_s < 5
 
 
-@pytest.mark.parametrize("page", ["circle", "chatter"])
-def test_a_servers_own_words_are_told_in_one_line(page: str, web: str):
+@pytest.mark.parametrize("page", ["circle", "chatter", "paint"])
+def test_a_servers_own_words_are_told_in_one_line_and_steer_no_terminal(page: str, web: str):
     with pytest.raises(MediaError) as caught:
         read(f"{web}/{page}")
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,11 @@ def test_a_short_clip_without_durations_keeps_its_stated_rate(name: str, codec: 
     assert measure(write_video(tmp_path / name, count(12), codec)).fps == 25.0
 
 
+def test_a_clip_that_states_no_rate_has_that_of_its_timestamps(tmp_path: Path):
+    """ASF does not, of a single frame."""
+    assert measure(write_video(tmp_path / "clip.wmv", count(1), "mpeg4", fps=10)).fps == pytest.approx(10)
+
+
 def test_a_clip_that_begins_late_begins_with_frame_0(tmp_path: Path):
     assert numbers(write_video(tmp_path / "late.mkv", count(5), ticks=[50, 51, 52, 53, 54])) == list(range(5))
 

@@ -84,6 +84,14 @@ def test_what_an_int8_cache_holds_beside_its_positions_is_planned():
     assert cache_bytes == 100 * SMALL.kv_bytes_per_token(2, "int8") + state_bytes
 
 
+@pytest.mark.parametrize(("decoding", "megabytes"), [(Decoding(), 24.2), (Decoding("balanced", ahead_codes=24), 16.8)])
+def test_what_a_7b_keeps_between_chunks_of_speech_is_the_known_amount(
+    seven_b: Footprint, decoding: Decoding, megabytes: float
+):
+    assert seven_b.sound is not None
+    assert seven_b.sound.state_bytes(decoding) / 1e6 == pytest.approx(megabytes, abs=0.05)
+
+
 def test_a_slice_of_an_int8_cache_is_as_long_as_the_one_that_attention_reads():
     assert KV_SLICE_TOKENS == attention.SLICE_POSITIONS
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pytest
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniToken2WavConfig
 
 from lowvram.errors import CheckpointError
 from lowvram.offload.activations import UNPACKED_WEIGHTS
@@ -93,6 +94,12 @@ def test_float32_doubles_float_tensors_but_not_packed_words_nor_token2wav(header
     assert full.component_bytes("thinker") - packed == 2 * (half.component_bytes("thinker") - packed)
 
 
+def test_in_half_precision_the_dits_layers_weigh_half_and_its_rest_as_much(seven_b: Footprint):
+    whole, half = (seven_b.speaking_in(dtype).components["dit"] for dtype in ("float32", "float16"))
+    assert [2 * layer.n_bytes for layer in half[:-1]] == [layer.n_bytes for layer in whole[:-1]]
+    assert half[-1] == whole[-1]
+
+
 def test_only_stacks_that_store_packed_linears_dequantize(seven_b: Footprint):
     assert seven_b.talker is not None
     stacks = seven_b.thinker, seven_b.talker, seven_b.visual, seven_b.audio
@@ -113,7 +120,8 @@ def test_one_packed_linear_is_enough(headers: Headers, config: dict[str, Any], n
     before = read_footprint(floats, config, width_bytes=2)
     after = read_footprint(floats | {name: Stored("I32", (3584, 448), 4 * 3584 * 448)}, config, width_bytes=2)
     names = ("thinker", "talker", "visual", "audio")
-    assert [each for each in names if getattr(after, each).unpacked_weights] == [stack]
+    unpacked = {each: getattr(after, each).unpacked_weights for each in names}
+    assert unpacked == dict.fromkeys(names, 0) | {stack: UNPACKED_WEIGHTS}
     assert all(getattr(before, each).unpacked_weights == 0 for each in names)
 
 
@@ -121,6 +129,23 @@ def test_a_tensor_takes_whole_alignment_units(headers: Headers, config: dict[str
     before = read_footprint(headers, config, width_bytes=2).component_bytes("thinker")
     odd = headers | {"thinker.model.layers.0.odd": Stored("F16", (129,), 258)}
     assert read_footprint(odd, config, width_bytes=2).component_bytes("thinker") == before + 512
+
+
+W8, W4 = {"num_bits": 8}, {"num_bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("groups", "scale_bytes"),
+    [([W4], 3), ([W8, W4], 3), ([W8], 2), ([W4 | {"symmetric": False}], 2)],
+    ids=["symmetric", "of one width of two", "8 bits", "stored"],
+)
+def test_zero_points_that_a_symmetric_checkpoint_does_not_store_are_beside_its_scales(
+    headers: Headers, config: dict[str, Any], seven_b: Footprint, groups: list[dict[str, Any]], scale_bytes: int
+):
+    entry = {"config_groups": {str(index): {"weights": weights} for index, weights in enumerate(groups)}}
+    scaled = headers | {"thinker.model.layers.0.mlp.up_proj.weight_scale": Stored("F16", (256, 4), 2048)}
+    read = read_footprint(scaled, config | {"quantization_config": entry}, width_bytes=2)
+    assert read.component_bytes("thinker") == seven_b.component_bytes("thinker") + 1024 * scale_bytes
 
 
 def test_a_tied_head_is_priced_by_the_embedding(headers: Headers, config: dict[str, Any], seven_b: Footprint):
@@ -173,3 +198,17 @@ def test_both_spellings_of_the_dit_mean_the_same(headers: Headers, config: dict[
     layers = {"look_backward_layers": [0, 20], "look_ahead_layers": [10]}
     new = changed(config, "token2wav_config.dit_config", spelled | layers)
     assert read_footprint(headers, new, width_bytes=2).sound == seven_b.sound
+
+
+def test_sizes_of_token2wav_that_a_config_leaves_out_are_the_references(
+    headers: Headers, config: dict[str, Any], seven_b: Footprint
+):
+    written = Qwen2_5OmniToken2WavConfig().to_dict()
+    for token2wav in ({}, {part: written[part] for part in ("dit_config", "bigvgan_config")}):
+        whole = changed(config, "token2wav_config", token2wav)
+        assert read_footprint(headers, whole, width_bytes=2).sound == seven_b.sound
+
+
+def test_what_the_towers_are_given_at_a_time_is_as_published(seven_b: Footprint):
+    assert (seven_b.visual.patch_elements, seven_b.visual.head_dim) == (3 * 2 * 14 * 14, 80)
+    assert (seven_b.audio.window_frames, seven_b.audio.mel_bins) == (200, 128)

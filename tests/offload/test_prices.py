@@ -69,6 +69,21 @@ def test_a_vision_chunk_is_never_smaller_than_a_temporal_patch(seven_b: Footprin
     assert Prices(seven_b, Limits(), MINUTE).chunks("visual") == (4096,)
 
 
+def test_a_chunk_computes_with_no_more_than_there_is_and_what_is_longer_takes_no_more_than_a_chunk(seven_b: Footprint):
+    def computing_bytes(stage: str, chunk: int, n: int) -> int:
+        return Prices(seven_b, Limits(), Turn(n, 1, audio_windows=n)).activation_bytes(stage, chunk)
+
+    assert computing_bytes("audio_tower", 8, 2) < computing_bytes("audio_tower", 8, 8)
+    assert computing_bytes("audio_tower", 8, 8) == computing_bytes("audio_tower", 8, 100)
+    assert computing_bytes("thinker", 2048, 1024) < computing_bytes("thinker", 2048, 2048)
+    assert computing_bytes("thinker", 2048, 2048) == computing_bytes("thinker", 2048, 9000)
+
+
+def test_a_silent_turn_only_thinks_and_a_single_code_takes_all_that_speaking_takes():
+    assert Turn(100, 1).stages == ("thinker",)
+    assert Turn(100, 1, codes=1).stages == ("conditioning", "thinker", "talker", "token2wav")
+
+
 def test_what_is_read_once_is_held_whole_or_as_little_as_can_be(seven_b: Footprint):
     look = Turn(100, 1, visual_patches=256, visuals=1)
     assert len(Prices(seven_b, Limits(), look).ways("visual", 1024)) == 2

@@ -101,10 +101,29 @@ def test_folders_are_read_by_content_and_hidden_files_left_alone(tmp_path: Path)
     assert picture[0]["content"][0] == {"type": "image", "image": str(tmp_path / "deep" / "picture.dat")}
 
 
-def test_a_folder_with_nothing_in_it_is_refused(tmp_path: Path):
-    (tmp_path / ".hidden").write_text("?")
+def test_what_else_lies_in_a_folder_of_media_is_passed_over_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0" * 99)
+    (tmp_path / "a.txt").write_text("some words")
+    (tmp_path / "notes.md").touch()
+    assert list(read_source(str(tmp_path), LIMITS)) == ["some words"]
+    skipped = f"passed over: {tmp_path / 'Thumbs.db'}, 396 bytes, is not a medium that can be read"
+    assert caplog.messages == [skipped, f"passed over: {tmp_path / 'notes.md'} is empty: 0 bytes"]
+
+
+@pytest.mark.parametrize("name", [".hidden", "notes.docx"])
+def test_a_folder_with_nothing_to_use_in_it_is_refused(name: str, tmp_path: Path):
+    (tmp_path / name).write_text("?")
     with pytest.raises(OptionError, match="holds 0 files to calibrate on"):
         list(read_source(str(tmp_path), LIMITS))
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.txt").write_text("some words")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match="a path to calibrate on is empty: 0 characters"):
+        list(read_source("", LIMITS))
 
 
 def test_texts_are_known_by_their_names_in_capitals_too_and_may_begin_with_a_mark(tmp_path: Path):

@@ -137,3 +137,9 @@ def test_what_is_small_enough_stays_when_its_turn_is_over() -> None:
     kept.keep(VOICES[0], of_bytes(KEPT_BYTES))
     kept.settle()
     assert VOICES[0] in kept
+
+
+def test_all_of_a_conditioning_moves_to_another_device() -> None:
+    moved = conditioning_of(small_dit(), TIMES).to(torch.device("meta"))
+    tensors = [part for part in vars(moved).values() if isinstance(part, torch.Tensor)]
+    assert len(tensors) == 4 and all(tensor.is_meta for tensor in tensors)
