@@ -76,7 +76,9 @@ class ModelThread(threading.Thread):
             # Here, so that the window is there before torch is.
             from lowvram import OmniRuntime
 
-            with OmniRuntime.open(self._model, vram=self._vram, on_download=self._show_download) as self._omni:
+            # A second question about a file waits for nothing that the first has read.
+            opened = OmniRuntime.open(self._model, vram=self._vram, remember="auto", on_download=self._show_download)
+            with opened as self._omni:
                 self.reports.put(Opened(self._omni))
                 while not self._is_closing and (messages := self._questions.get()) is not None:
                     self._answer(self._omni, messages)

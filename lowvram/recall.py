@@ -121,7 +121,8 @@ class Reading:
                 None if talker_rows is None else talker_rows[:n].clone(),
             )
         except (RuntimeError, MemoryError) as error:
-            log.warning("the next prompt will be read from its beginning: %s", str(error).splitlines()[0])
+            reason = str(error).partition("\n")[0] or type(error).__name__  # Python's own MemoryError says nothing
+            log.warning("the next prompt will be read from its beginning: %s", reason)
 
 
 def _mark(medium: Encoded) -> Mark:
@@ -137,5 +138,5 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.contiguous().numpy().tobytes())
+        found.update(tensor.reshape(-1).numpy())
     return found.hexdigest()

@@ -259,11 +259,12 @@ class Room:
         """The turn is over: only residents stay, or nothing if the device was asked back."""
         self._drop_captures()
         self._captures.clear()
-        self._residency.leave()
-        if self._control.released:
-            self._residency.release()
-        for stage in [*self._caches]:  # last, since keeping one may take a second, in which somebody may interrupt
-            self._let_go_of(stage)
+        with self._here():  # whoever closes an answer may do so in another stream than its last step's
+            self._residency.leave()
+            if self._control.released:
+                self._residency.release()
+            for stage in [*self._caches]:  # last, since keeping one may take a second, in which somebody may interrupt
+                self._let_go_of(stage)
 
     def _heed(self, stage: str | None = None) -> None:
         """Do what other threads asked for since the last step, and then have the stage's phase here."""

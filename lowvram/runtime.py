@@ -112,8 +112,9 @@ class OmniRuntime:
         and in all, from the threads that download; what it raises ends the download and comes out here. Raises
         CheckpointError, BackendError, OptionError.
 
-        `remember` is host memory ("4GiB"; "auto": a quarter of `ram`, or of what is free) for what was read of the last
-        prompt: one that begins alike, as a conversation's do, is read from where it differs. It is taken from `ram`.
+        `remember` is host memory ("4GiB"; "auto": a quarter of `ram`, or of what is free if that is less) for what was
+        read of the last prompt: one that begins alike, as a conversation's do, is read from where it differs. It is
+        taken from `ram` and, on a CPU, from what is free.
         """
         require_options(limits=limits)
         asked, remembered_bytes = _parted(Budget.of(vram, ram), remember)
@@ -127,7 +128,7 @@ class OmniRuntime:
             preprocessor = Preprocessor(checkpoint.folder, checkpoint.config)
             voices = _read_voices(checkpoint, len(built.embed_tokens)) if built.speech else {}
             footprint = read_footprint(checkpoint.tensors, checkpoint.config, width_bytes=compute.itemsize)
-            budget = _granted(asked, opened)
+            budget = _granted(asked, opened, remembered_bytes)
             opening.pop_all()  # all is well: the reader stays open until `close`
         machine = Machine(
             model=built,
@@ -242,7 +243,8 @@ class OmniRuntime:
         """
         self._require_open()
         with self._telling:
-            budget = _granted(replace(Budget.of(vram), ram_bytes=self.budget.ram_bytes), self.device)
+            asked = replace(Budget.of(vram), ram_bytes=self.budget.ram_bytes)
+            budget = _granted(asked, self.device, self._recall.most_bytes)
             turn = self._turn
             if turn is not None:
                 turn.room.accept(budget)
@@ -300,10 +302,12 @@ class OmniRuntime:
         reply: tuple[int, ...] | None = None,
     ) -> Generator[Event, None, None]:
         """A turn that begins when its first event is asked for."""
-        self._require_idle()
-        self._require_present()
-        self._control = Control(self.budget)  # each turn its own, so that cancelling before its first event counts
-        return self._generate(messages, sampling, speech, voice, media, reply, self._control)
+        with self._telling:  # else an answer that another thread begins meanwhile would be told nothing more
+            self._require_idle()
+            self._require_present()
+            control = Control(self.budget)  # each turn its own, so that cancelling before its first event counts
+            self._control = control
+        return self._generate(messages, sampling, speech, voice, media, reply, control)
 
     def _generate(
         self,
@@ -339,6 +343,8 @@ class OmniRuntime:
             self._control = control
             control.set_budget(self.budget)
             (control.release if self._released else control.resume)()
+        if self._closed:  # meanwhile, which only the answer made last was told
+            control.cancel()
 
     def _steps(self, turn: Turn) -> Generator[Event, None, Finished]:
         """A turn's events but the last, which is returned; between two of them other threads may change where its
@@ -474,20 +480,29 @@ def _parted(asked: Budget, remember: str | int | None) -> tuple[Budget, int]:
     if remember is None:
         return asked, 0
     ram_bytes = asked.ram_bytes
-    kept_bytes = (ram_bytes or free_ram_bytes()) // 4 if remember == "auto" else parse_bytes(remember)
+    kept_bytes = _some_of(ram_bytes) if remember == "auto" else parse_bytes(remember)
     if ram_bytes is None:
         return asked, kept_bytes
+    return replace(asked, ram_bytes=_left_of(ram_bytes, kept_bytes)), kept_bytes
+
+
+def _some_of(ram_bytes: int | None) -> int:
+    free_bytes = free_ram_bytes()
+    return min(ram_bytes or free_bytes, free_bytes) // 4
+
+
+def _left_of(ram_bytes: int, kept_bytes: int) -> int:
     if kept_bytes >= ram_bytes:
         raise OptionError(
             f"{format_bytes(kept_bytes)} to remember in leave nothing of {format_bytes(ram_bytes)} of RAM",
-            hint="remember less, or name more RAM",
+            hint="remember less",
         )
-    return replace(asked, ram_bytes=ram_bytes - kept_bytes), kept_bytes
+    return ram_bytes - kept_bytes
 
 
-def _granted(asked: Budget, device: Device) -> Budget:
+def _granted(asked: Budget, device: Device, kept_bytes: int) -> Budget:
     """The budget asked for, but never more than is free: a plan must hold now, not on an empty machine. Where none is
-    named, some of what is free is left to others."""
-    free_bytes = device.free_bytes
+    named, some of what is free is left to others. On a CPU what is remembered lies in the same memory."""
+    free_bytes = _left_of(device.free_bytes, kept_bytes) if device.torch.type == "cpu" else device.free_bytes
     wanted_bytes = asked.vram_bytes or max(1, free_bytes - device.headroom_bytes)
     return Budget(min(wanted_bytes, free_bytes), asked.ram_bytes)

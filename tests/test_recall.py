@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from hypothesis import strategies as st
 from media_files import numbered_frame, write_video
 from test_turn import MEDIA, MESSAGES, SAMPLING, SPEECH
 
+from lowvram.device import Device
 from lowvram.errors import OptionError
 from lowvram.events import Event, Finished, Progress, TextDelta
 from lowvram.flow import AudioInput, ModelInputs
 from lowvram.kv_cache import KVCache
 from lowvram.offload.budget import GIB, MIB
+from lowvram.offload.residency import Residency
 from lowvram.options import Limits, SpeechParams
 from lowvram.recall import Reading, Recall
 from lowvram.runtime import OmniRuntime
@@ -136,8 +139,7 @@ def test_a_clip_is_known_by_its_bytes_and_by_how_it_is_cut(remembering: OmniRunt
         assert answer(remembering, about(other), None, **cut).recalled_tokens == before
 
 
-def test_a_talker_hears_what_was_read_before_it_was_asked(omni: OmniRuntime, remembering: OmniRuntime):
-    """Rows are kept for it only where it was to hear them: a silent turn's are read again."""
+def test_what_a_silent_turn_has_read_is_read_again_for_a_talker(omni: OmniRuntime, remembering: OmniRuntime):
     answer(remembering, MESSAGES, None)
     found = answer(remembering, MESSAGES)
     assert found.recalled_tokens == 0
@@ -202,6 +204,31 @@ def test_a_turn_that_was_closed_in_the_middle_of_its_prompt_leaves_what_it_has_r
     assert said(found) == said(answer(omni, MESSAGES))
 
 
+def test_a_turn_that_is_closed_is_copied_from_in_the_stream_that_computed_it(
+    remembering: OmniRuntime, monkeypatch: pytest.MonkeyPatch
+):
+    is_there: list[bool] = []
+    copied_there: list[bool] = []
+    first = KVCache.first
+
+    @contextmanager
+    def there() -> Iterator[None]:
+        is_there.append(True)
+        yield
+        is_there.pop()
+
+    def noted(cache: KVCache, n_tokens: int) -> tuple[torch.Tensor, ...]:
+        copied_there.append(any(is_there))
+        return first(cache, n_tokens)
+
+    monkeypatch.setattr(Residency, "here", lambda _: there)
+    monkeypatch.setattr(KVCache, "first", noted)
+    events = ask(remembering, MESSAGES, None)
+    next(event for event in events if isinstance(event, Progress) and event.stage == "prefill")
+    events.close()
+    assert copied_there == [True]
+
+
 def test_a_turn_in_the_smallest_budget_remembers_and_is_remembered(demo: Path, omni: OmniRuntime):
     least_bytes = omni.plan(MESSAGES, sampling=SAMPLING, speech=SPEECH, media=MEDIA).smallest_budget_bytes
     with OmniRuntime.open(demo, device="cpu", dtype="float32", vram=least_bytes, remember="64MiB") as remembering:
@@ -226,11 +253,16 @@ def test_a_closed_runtime_remembers_nothing(demo: Path):
     assert remembering._recall.last is None
 
 
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
 def test_a_host_without_room_costs_what_is_known_and_not_the_answer(
-    omni: OmniRuntime, remembering: OmniRuntime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    omni: OmniRuntime,
+    remembering: OmniRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ):
     def full(*_: object) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: can't allocate memory")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(KVCache, "first", full)
@@ -243,7 +275,8 @@ def test_a_host_without_room_costs_what_is_known_and_not_the_answer(
 # How much there is of it
 
 
-def test_what_is_remembered_is_taken_from_the_ram(demo: Path):
+def test_what_is_remembered_is_taken_from_the_ram(demo: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lowvram.runtime.free_ram_bytes", lambda: 8 * GIB)
     with OmniRuntime.open(demo, device="cpu", ram="8GiB", remember="1GiB") as omni:
         assert (omni.budget.ram_bytes, omni._recall.most_bytes) == (7 * GIB, GIB)
     with OmniRuntime.open(demo, device="cpu", ram="8GiB", remember="auto") as omni:
@@ -254,6 +287,23 @@ def test_without_a_budget_of_ram_a_quarter_of_what_is_free_is_taken(demo: Path, 
     monkeypatch.setattr("lowvram.runtime.free_ram_bytes", lambda: 400 * MIB)
     with OmniRuntime.open(demo, device="cpu", remember="auto") as omni:
         assert (omni.budget.ram_bytes, omni._recall.most_bytes) == (None, 100 * MIB)
+
+
+def test_a_quarter_of_more_ram_than_is_free_is_one_of_what_is_free(demo: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lowvram.runtime.free_ram_bytes", lambda: 400 * MIB)
+    with OmniRuntime.open(demo, device="cpu", ram="8GiB", remember="auto") as omni:
+        assert omni._recall.most_bytes == 100 * MIB
+
+
+@pytest.mark.parametrize("vram", [None, "8GiB"])
+def test_on_a_cpu_budget_and_what_is_remembered_are_no_more_than_is_free(demo: Path, vram: str | None):
+    cpu = Device(torch.device("cpu"), "a CPU", 4 * GIB)
+    with OmniRuntime.open(demo, device=cpu, vram=vram, remember="1GiB") as omni:
+        assert omni.budget.vram_bytes <= 3 * GIB
+        omni.set_budget("8GiB")
+        assert omni.budget.vram_bytes == 3 * GIB
+    with pytest.raises(OptionError, match=r"leave nothing of 4.00 GiB of RAM"):
+        OmniRuntime.open(demo, device=cpu, vram=vram, remember="4GiB")
 
 
 @pytest.mark.parametrize(

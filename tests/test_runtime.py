@@ -14,6 +14,7 @@ from lowvram.errors import BackendError, BudgetError, CheckpointError, LowVRAMEr
 from lowvram.events import Event, Finished, TextDelta
 from lowvram.offload.meter import LiveBytes
 from lowvram.options import TALKER_SAMPLING, Limits, SamplingParams, SpeechParams
+from lowvram.room import Control
 from lowvram.runtime import RECITING, OmniRuntime
 
 MESSAGES = [{"role": "user", "content": "hello green river"}]
@@ -186,6 +187,41 @@ def test_of_two_answers_made_before_either_began_one_can_be_cancelled(omni: Omni
     *_, ended = first
     *_, finished = second
     assert (ended.finish_reason, finished.finish_reason) == ("cancelled", "length")
+
+
+def test_an_answer_that_begins_while_another_is_made_can_be_cancelled(
+    omni: OmniRuntime, monkeypatch: pytest.MonkeyPatch
+):
+    first = omni.generate(MESSAGES, sampling=SHORT, speech=None)
+    beginning = threading.Thread(target=next, args=(first,), daemon=True)
+    present = OmniRuntime._require_present
+
+    def meanwhile(omni: OmniRuntime) -> None:
+        present(omni)
+        beginning.start()
+        beginning.join(0.2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OmniRuntime, "_require_present", meanwhile)
+        omni.generate(MESSAGES, sampling=SHORT, speech=None)
+    beginning.join(60)
+    omni.cancel()
+    *_, ended = first
+    assert ended.finish_reason == "cancelled"
+
+
+def test_closing_while_an_answer_begins_cancels_it(demo: Path, monkeypatch: pytest.MonkeyPatch):
+    with OmniRuntime.open(demo, device="cpu") as omni:
+        first, _ = (omni.generate(MESSAGES, sampling=SHORT, speech=None) for _ in range(2))
+        heed = OmniRuntime._heed
+
+        def late(omni: OmniRuntime, *control: Control) -> None:
+            omni.close()
+            heed(omni, *control)
+
+        monkeypatch.setattr(OmniRuntime, "_heed", late)
+        *_, ended = first
+    assert ended.finish_reason == "cancelled"
 
 
 def test_whoever_hears_the_end_of_an_answer_may_ask_again_at_once(omni: OmniRuntime):

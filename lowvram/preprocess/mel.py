@@ -41,6 +41,7 @@ class MelRecipe:
         return mel_frames(samples, self.hop_length)
 
 
+@torch.autocast("cpu", enabled=False)  # an application's would round the mel filters and the spectrum to bfloat16
 def log_mel(sound: np.ndarray, recipe: MelRecipe, segment_frames: int = SEGMENT_FRAMES) -> Tensor:
     """Log-mel [M, F] float32 of a mono waveform [S] float32, F = `recipe.frames(S)`.
 

@@ -105,7 +105,7 @@ def test_closing_before_the_model_is_open_ends_the_thread(demo: Path):
 def test_closing_ends_a_download(monkeypatch: pytest.MonkeyPatch):
     deadline_s = time.monotonic() + PATIENCE_S
 
-    def download(model: str, *, vram: str | None, on_download: Callable[[int, int | None], None]) -> None:
+    def download(model: str, *, on_download: Callable[[int, int | None], None], **_: object) -> None:
         while time.monotonic() < deadline_s:
             on_download(1, 2)
             time.sleep(0.001)

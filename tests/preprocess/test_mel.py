@@ -40,6 +40,13 @@ def test_log_mel_equals_the_extractors(samples: int):
     torch.testing.assert_close(log_mel(sound, recipe(2)), reference(sound, 2), atol=TOLERANCE, rtol=0)
 
 
+def test_an_applications_autocast_is_not_heard():
+    sound = speechlike(1600)
+    with torch.autocast("cpu", torch.bfloat16):
+        heard = log_mel(sound, recipe(2))
+    assert torch.equal(heard, log_mel(sound, recipe(2)))
+
+
 @pytest.mark.parametrize("samples", [16001, 40000])
 def test_sound_beyond_the_chunk_length_is_not_cut(samples: int):
     sound = speechlike(samples)
