@@ -192,7 +192,7 @@ def measure_on_card(weights: str, cell: Cell, sampling: SamplingParams, speech: 
     try:
         _answer_about_gray(weights, cell, device, meter, sampling, speech)
     except InfeasibleBudgetError as error:
-        return {"refused": str(error)}
+        return {"not_measured": str(error)}
     except (LowVRAMError, RuntimeError) as error:
         return {"failed": f"{type(error).__name__}: {error}"}
     return {

@@ -138,5 +138,5 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.reshape(-1).numpy())
+        found.update(tensor.reshape(-1).numpy().data)
     return found.hexdigest()

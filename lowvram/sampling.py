@@ -108,7 +108,7 @@ class Sampler:
         return token_id
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """Probabilities [V] float32 from which a draw is made, where it is one: the greedy choice is the best score."""
+        """Probabilities [V] float32 from which a draw is made. A greedy choice is no draw: it takes the best score."""
         return self._warped(self._filtered(logits.float())).softmax(-1)
 
     def _ranked(self, logits: Tensor) -> Tensor:

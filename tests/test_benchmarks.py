@@ -223,16 +223,16 @@ def test_a_turn_that_failed_on_the_card_is_kept_and_fails_the_run(
 
 
 @pytest.mark.usefixtures("card")
-@pytest.mark.parametrize(("budget", "word"), [("10GiB", "refused"), ("11GiB", "not_measured")])
+@pytest.mark.parametrize("budget", ["10GiB", "11GiB"])
 def test_a_turn_is_measured_in_its_rows_own_budget_or_not_at_all(
-    memory: ModuleType, budget: str, word: str, monkeypatch: pytest.MonkeyPatch
+    memory: ModuleType, budget: str, monkeypatch: pytest.MonkeyPatch
 ):
     def refuse(*_: object) -> None:
         raise InfeasibleBudgetError("too little", phase="think", needed_bytes=2, available_bytes=1)
 
     monkeypatch.setattr(memory, "_answer_about_gray", refuse)
     cell = memory.Cell(15.0, budget, "16bit")
-    assert list(memory.measure_on_card("folder", cell, SamplingParams(), None)) == [word]
+    assert list(memory.measure_on_card("folder", cell, SamplingParams(), None)) == ["not_measured"]
 
 
 def test_the_largest_storages_of_a_peak_are_listed_by_who_made_them(traced: tuple[str, dict[str, Any]]):

@@ -243,18 +243,18 @@ class SoundShape:
     def activation_bytes(self, decoding: Decoding) -> int:
         """A chunk in the DiT or in the vocoder, whichever is larger; they take turns.
 
-        At the end of an exact speech the blocks that waited in each evaluation come together, the last of them with the
-        newest one; what they waited in is free then. The vocoder's receptive field holds back 34 frames more; a
-        frame takes 10 layers, as traced, in an anti-aliased activation of its widest layer: the residual and the
-        running sum of three branches, the chunk as it came and joined to its tail, and what is computed at twice the
-        rate. Beside the new tails those from before are kept until the step is done, in case it is to be undone.
+        At the end of an exact speech the blocks that waited in each evaluation come together in one more queue, the
+        last of them with the newest one. The vocoder's receptive field holds back 34 frames more; a frame takes 10
+        layers, as traced, in an anti-aliased activation of its widest layer: the residual and the running sum of three
+        branches, the chunk as it came and joined to its tail, and what is computed at twice the rate. What was kept
+        before a step, tails and all that waited, stays until that is done, in case it is to be undone.
         """
         chunk_frames = decoding.chunk_codes * self.repeats
         at_once_bytes = self._frames_at_once(decoding) * self._frame_bytes + self._standing_bytes(decoding)
         end_bytes = 0
         if not decoding.ahead_codes:
             ending_frames = self.block_frames * (decoding.evaluations + 1)
-            end_bytes = ending_frames * self._frame_bytes - self._border_bytes(decoding)
+            end_bytes = ending_frames * (self._frame_bytes + self._queued_frame_bytes)
         widest_bytes = (chunk_frames + 34) * 10 * self.vocoder_elements_per_frame * TOKEN2WAV_WIDTH_BYTES
         return max(at_once_bytes, end_bytes, widest_bytes + self._tails_bytes)
 
@@ -284,19 +284,22 @@ class SoundShape:
         scores = 4 * self.heads * 2 * self.block_frames
         return 2 * max(17 * self.hidden + scores, 6 * self.hidden + 2 * self.ff) * TOKEN2WAV_WIDTH_BYTES
 
+    @property
+    def _queued_frame_bytes(self) -> int:
+        return (self.hidden + _NOISE_AND_TURN) * TOKEN2WAV_WIDTH_BYTES
+
     def _border_bytes(self, decoding: Decoding) -> int:
         """What each evaluation remembers. For two branches, at the layers that look back a block's keys and values; in
         exact modes at those that look ahead a block's rows, q, k and v; and frames that wait, with their code rows.
         Cached modes have one such queue for all evaluations: the chunk and its look-ahead.
         """
-        queued_frame_bytes = (self.hidden + _NOISE_AND_TURN) * TOKEN2WAV_WIDTH_BYTES
         per_row_bytes = 2 * self.back_layers * decoding.layer_bytes
         if decoding.ahead_codes:
-            waiting_bytes = self._frames_at_once(decoding) * queued_frame_bytes
+            waiting_bytes = self._frames_at_once(decoding) * self._queued_frame_bytes
             return decoding.evaluations * 2 * self.block_frames * self.hidden * per_row_bytes + waiting_bytes
         per_row_bytes += self.ahead_layers * (3 * decoding.layer_bytes + TOKEN2WAV_WIDTH_BYTES)
         waiting = self.block_frames
         if decoding.mode == "offload":
             waiting += decoding.chunk_codes * self.repeats
         border_bytes = 2 * self.block_frames * self.hidden * per_row_bytes
-        return decoding.evaluations * (border_bytes + waiting * queued_frame_bytes)
+        return decoding.evaluations * (border_bytes + waiting * self._queued_frame_bytes)

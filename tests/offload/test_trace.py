@@ -29,6 +29,7 @@ BRIEF_SPEECH = SpeechParams(steps=3)
 """Two evaluations in place of nine: less work, and a plan that knows it. benchmarks/memory.py traces all nine."""
 
 BRIEF_WAYS = {
+    "exact, most at its end": SpeechParams(steps=6, chunk_s=0.24),
     "offload": SpeechParams(steps=6, mode="offload"),
     "balanced": SpeechParams(steps=3, mode="balanced", chunk_s=0.24),
     "low-latency, half precision": SpeechParams(steps=3, mode="low-latency", dtype="float16"),

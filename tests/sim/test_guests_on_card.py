@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sim.harness import PLENTY_BYTES, QUESTIONS, Answer, Host, furnished_card
 
-from lowvram.events import Event, Progress
+from lowvram.events import Event, Finished, Progress
 
 PATIENCE_S = 30.0
 """For another thread to see what it waits for; only a failure takes so long."""
@@ -95,7 +95,9 @@ def test_budgets_that_come_and_go_are_kept_from_the_next_step_on(host: Host, on_
     budgets = cycle([most, least, (least + most) // 2, (2 * least + most) // 3])
     refusals = host.card.refusals
 
-    def change(_: Event) -> None:
+    def change(event: Event) -> None:
+        if isinstance(event, Finished):
+            return
         budget_bytes = max(next(budgets), host.least_bytes_left())
         host.omni.set_budget(budget_bytes)
         host.set_capacity(budget_bytes)
