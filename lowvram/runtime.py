@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, open_checkpoint, stored_dtype
 from .device import Device, MemoryCap, choose_dtype, exact_arithmetic, free_ram_bytes, open_device
 from .errors import CheckpointError, LowVRAMError, OptionError
@@ -82,7 +84,7 @@ class OmniRuntime:
         self._recall = recall
         self._answering = threading.Lock()
         self._stepping = threading.Lock()
-        self._telling = threading.Lock()
+        self._telling = threading.RLock()  # a signal handler may come in between, in the same thread
         self._control = Control(budget)
         self._turn: Turn | None = None
         self._released = False
@@ -130,20 +132,11 @@ class OmniRuntime:
             footprint = read_footprint(checkpoint.tensors, checkpoint.config, width_bytes=compute.itemsize)
             budget = _granted(asked, opened, remembered_bytes)
             opening.pop_all()  # all is well: the reader stays open until `close`
-        machine = Machine(
-            model=built,
-            residency=Residency(built.components, built.transfer),
-            trim=built.transfer.trim,
-            device=opened.torch,
-            meter=meter or open_meter(opened.torch),
-            stop_ids=_stop_ids(checkpoint, preprocessor),
-            detokenize=preprocessor.detokenize,
-        )
         return cls(
             checkpoint,
             reader,
             built,
-            machine,
+            _machine_of(built, opened.torch, meter, checkpoint, preprocessor),
             voices,
             preprocessor,
             footprint,
@@ -473,6 +466,20 @@ def _stop_ids(checkpoint: Checkpoint, preprocessor: Preprocessor) -> frozenset[i
     named = [place.get("eos_token_id") for place in places]
     ids = {i for value in named if value is not None for i in (value if isinstance(value, list) else [value])}
     return frozenset(ids | preprocessor.stop_ids)
+
+
+def _machine_of(
+    model: OmniModel, device: torch.device, meter: Meter | None, checkpoint: Checkpoint, preprocessor: Preprocessor
+) -> Machine:
+    return Machine(
+        model=model,
+        residency=Residency(model.components, model.transfer),
+        trim=model.transfer.trim,
+        device=device,
+        meter=meter or open_meter(device),
+        stop_ids=_stop_ids(checkpoint, preprocessor),
+        detokenize=preprocessor.detokenize,
+    )
 
 
 def _parted(asked: Budget, remember: str | int | None) -> tuple[Budget, int]:
