@@ -27,7 +27,7 @@ CHANGING = {
     "--steps": "4",
     "--speech-mode": "low-latency",
     "--speech-dtype": "bfloat16",
-    "--chunk-seconds": "0.24",
+    "--chunk-seconds": "4.8",
     "--play": "",
     "--fps": "1",
     "--max-frames": "2",

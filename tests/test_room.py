@@ -276,7 +276,7 @@ def test_a_turn_that_ends_while_released_leaves_no_resident():
     turn = Turn()
     turn.control.release()
     turn.room.leave()
-    assert turn.shelf.diary == ["leave", "release"]
+    assert turn.shelf.diary == ["inside", "leave", "release", "outside"]
 
 
 def test_a_stopped_turn_makes_way_at_once_and_loads_with_the_next_step():
