@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from .allowance import grant, part
 from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, open_checkpoint, stored_dtype
-from .device import Device, MemoryCap, choose_dtype, exact_arithmetic, free_ram_bytes, open_device
+from .device import Device, MemoryCap, choose_dtype, exact_arithmetic, open_device
 from .errors import CheckpointError, LowVRAMError, OptionError
 from .events import Event, Finished
 from .flow import ModelInputs
 from .model import OmniModel, build_model
-from .offload.budget import Budget, format_bytes, parse_bytes
+from .offload.budget import Budget
 from .offload.footprint import Footprint, read_footprint
 from .offload.meter import Meter, open_meter
 from .offload.plan import Plan, plan_memory
@@ -119,7 +120,7 @@ class OmniRuntime:
         taken from `ram` and, on a CPU, from what is free.
         """
         require_options(limits=limits)
-        asked, remembered_bytes = _parted(Budget.of(vram, ram), remember)
+        asked, remembered_bytes = part(Budget.of(vram, ram), remember)
         opened = device if isinstance(device, Device) else open_device(device)
         checkpoint = open_checkpoint(_demo_or(model), revision=revision, on_progress=on_download)
         compute = choose_dtype(dtype, opened.torch, stored_dtype(checkpoint.config))
@@ -130,7 +131,7 @@ class OmniRuntime:
             preprocessor = Preprocessor(checkpoint.folder, checkpoint.config)
             voices = _read_voices(checkpoint, len(built.embed_tokens)) if built.speech else {}
             footprint = read_footprint(checkpoint.tensors, checkpoint.config, width_bytes=compute.itemsize)
-            budget = _granted(asked, opened, remembered_bytes)
+            budget = grant(asked, opened, remembered_bytes)
             opening.pop_all()  # all is well: the reader stays open until `close`
         return cls(
             checkpoint,
@@ -237,7 +238,7 @@ class OmniRuntime:
         self._require_open()
         with self._telling:
             asked = replace(Budget.of(vram), ram_bytes=self.budget.ram_bytes)
-            budget = _granted(asked, self.device, self._recall.most_bytes)
+            budget = grant(asked, self.device, self._recall.most_bytes)
             turn = self._turn
             if turn is not None:
                 turn.room.accept(budget)
@@ -480,36 +481,3 @@ def _machine_of(
         stop_ids=_stop_ids(checkpoint, preprocessor),
         detokenize=preprocessor.detokenize,
     )
-
-
-def _parted(asked: Budget, remember: str | int | None) -> tuple[Budget, int]:
-    """The budget without what is remembered in, and that. Raises OptionError where nothing of the RAM would be left."""
-    if remember is None:
-        return asked, 0
-    ram_bytes = asked.ram_bytes
-    kept_bytes = _some_of(ram_bytes) if remember == "auto" else parse_bytes(remember)
-    if ram_bytes is None:
-        return asked, kept_bytes
-    return replace(asked, ram_bytes=_left_of(ram_bytes, kept_bytes)), kept_bytes
-
-
-def _some_of(ram_bytes: int | None) -> int:
-    free_bytes = free_ram_bytes()
-    return min(ram_bytes or free_bytes, free_bytes) // 4
-
-
-def _left_of(ram_bytes: int, kept_bytes: int) -> int:
-    if kept_bytes >= ram_bytes:
-        raise OptionError(
-            f"{format_bytes(kept_bytes)} to remember in leave nothing of {format_bytes(ram_bytes)} of RAM",
-            hint="remember less",
-        )
-    return ram_bytes - kept_bytes
-
-
-def _granted(asked: Budget, device: Device, kept_bytes: int) -> Budget:
-    """The budget asked for, but never more than is free: a plan must hold now, not on an empty machine. Where none is
-    named, some of what is free is left to others. On a CPU what is remembered lies in the same memory."""
-    free_bytes = _left_of(device.free_bytes, kept_bytes) if device.torch.type == "cpu" else device.free_bytes
-    wanted_bytes = asked.vram_bytes or max(1, free_bytes - device.headroom_bytes)
-    return Budget(min(wanted_bytes, free_bytes), asked.ram_bytes)

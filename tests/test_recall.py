@@ -276,7 +276,7 @@ def test_a_host_without_room_costs_what_is_known_and_not_the_answer(
 
 
 def test_what_is_remembered_is_taken_from_the_ram(demo: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lowvram.runtime.free_ram_bytes", lambda: 8 * GIB)
+    monkeypatch.setattr("lowvram.allowance.free_ram_bytes", lambda: 8 * GIB)
     with OmniRuntime.open(demo, device="cpu", ram="8GiB", remember="1GiB") as omni:
         assert (omni.budget.ram_bytes, omni._recall.most_bytes) == (7 * GIB, GIB)
     with OmniRuntime.open(demo, device="cpu", ram="8GiB", remember="auto") as omni:
@@ -284,13 +284,13 @@ def test_what_is_remembered_is_taken_from_the_ram(demo: Path, monkeypatch: pytes
 
 
 def test_without_a_budget_of_ram_a_quarter_of_what_is_free_is_taken(demo: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lowvram.runtime.free_ram_bytes", lambda: 400 * MIB)
+    monkeypatch.setattr("lowvram.allowance.free_ram_bytes", lambda: 400 * MIB)
     with OmniRuntime.open(demo, device="cpu", remember="auto") as omni:
         assert (omni.budget.ram_bytes, omni._recall.most_bytes) == (None, 100 * MIB)
 
 
 def test_a_quarter_of_more_ram_than_is_free_is_one_of_what_is_free(demo: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lowvram.runtime.free_ram_bytes", lambda: 400 * MIB)
+    monkeypatch.setattr("lowvram.allowance.free_ram_bytes", lambda: 400 * MIB)
     with OmniRuntime.open(demo, device="cpu", ram="8GiB", remember="auto") as omni:
         assert omni._recall.most_bytes == 100 * MIB
 

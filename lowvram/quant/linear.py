@@ -56,7 +56,7 @@ class PackedLinear(nn.Module, ABC):
     def pack(self, *stored: Tensor, out: Mapping[str, Tensor]) -> None:
         """Fill `out` (tensors for `packed_names`) from the tensors of `stored`, in its order. Not called, and so not
         there, where `keeps_stored_layout`: what is stored is read into place."""
-        raise NotImplementedError
+        raise AssertionError("what is stored is read into place")
 
     @abstractmethod
     def multiply(self, x: Tensor) -> Tensor:
