@@ -133,7 +133,7 @@ def say(omni: OmniRuntime, words: str, codes: Sequence[int] | None = None, *, ma
         turn = Dictation(omni._machine, request, Control(omni.budget), time.perf_counter())
         turn.codes = codes
         chunks = [event.samples for event in omni._steps(turn) if isinstance(event, AudioChunk)]
-    return Said(tuple(turn._codec_ids), torch.stack(turn.overheard.logits), np.concatenate(chunks))
+    return Said(tuple(turn.account.codec_ids), torch.stack(turn.overheard.logits), np.concatenate(chunks))
 
 
 def _followed_by(inputs: ModelInputs, ids: Sequence[int]) -> ModelInputs:

@@ -2,29 +2,27 @@
 
 The plan's phases say which stages share the device. Within a phase the stages are chained generators, each pulling
 from the one before, so that speech starts while text is still being written; events that happen inside the chain wait
-in an outbox that is emptied at every step. At the end of a phase the product of its last stage (thinker steps, or
-codec ids) waits on the host for the next phase: that is the only difference a small budget makes, whether it was
-small from the beginning or became so while the stages were at it.
+in the turn's account, which is emptied at every step. At the end of a phase the product of its last stage (thinker
+steps, or codec ids) waits on the host for the next phase: that is the only difference a small budget makes, whether it
+was small from the beginning or became so while the stages were at it.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
+from .account import Account
 from .detokenize import TextStream
 from .encoders import AudioTower, VisionTower, embed_prompt, encode_audios, encode_visuals
 from .errors import BudgetExceededError, LowVRAMError
-from .events import AudioChunk, Event, Finished, FinishReason, Progress, TextDelta
+from .events import Event, Progress, TextDelta
 from .flow import Attempt, ThinkerStep
 from .graphs import CapturedSteps, Stepping, one_by_one, open_recorder
 from .kv_cache import KVCache
@@ -35,7 +33,7 @@ from .offload.plan import Phase, Plan
 from .offload.profile import DEVICE_ALLOCATOR, MemoryProfile
 from .offload.residency import Residency
 from .options import SamplingParams, SpeechParams
-from .pacing import Lookahead, Playback
+from .pacing import Lookahead
 from .recall import Reading
 from .room import Cancelled, Control, Replan, Room, forget
 from .sampling import Choice, Recitation, Sampler
@@ -43,7 +41,6 @@ from .talker import Talker, TextRows, seen_by_penalty, talk
 from .thinker import Prefilled, Thinker, decode, prefill
 from .token2wav.conditioning import Conditionings, Setting, Speaker, condition
 from .token2wav.stream import decode_speech
-from .token2wav.windows import CODES_PER_SECOND, SAMPLE_RATE_HZ
 
 log = logging.getLogger(__name__)
 
@@ -95,29 +92,19 @@ class Request:
 
 @dataclass
 class Turn:
-    """One answer in the making. `run` yields its events and heeds `control` between steps; timings count from
-    `started_s` by `clock`."""
+    """One answer in the making, since `started_s` (`time.perf_counter`). `run` yields its events and heeds `control`
+    between steps."""
 
     machine: Machine
     request: Request
     control: Control
     started_s: float
-    clock: Callable[[], float] = time.perf_counter
-    _outbox: deque[Event] = field(default_factory=deque)
-    _text_ids: list[int] = field(default_factory=list)
-    _text: list[str] = field(default_factory=list)
-    _codec_ids: list[int] = field(default_factory=list)
     _read_tokens: int = 0
-    _samples: int = 0
-    _finish_reason: FinishReason = "cancelled"
-    _speech_finish_reason: FinishReason = "cancelled"
-    _sound_is_whole: bool = False
-    _timings: dict[str, float] = field(default_factory=dict)
-    _playback: Playback = field(default_factory=Playback)
     _own_bytes: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         request = self.request
+        self.account = Account(self.started_s)
         self._text_seed = _seed(request.sampling.seed, secrets.randbits(32))
         self._speech_seed = _seed(request.speech.sampling.seed, self._text_seed)
         self._noise_seed = _seed(request.speech.seed, self._speech_seed)
@@ -140,7 +127,7 @@ class Turn:
             yield from self._phases()
         except Cancelled:
             self._streams.clear()  # first: text that was held back may be shown
-            yield from self._take_outbox()
+            yield from self.account.take()
         except LowVRAMError as error:
             if isinstance(error, BudgetExceededError):
                 error.profile = self._profile()
@@ -153,7 +140,13 @@ class Turn:
             self._streams.clear()  # they hold caches, and this turn, which holds them: else they would stay for a while
             self.room.leave()
             self.machine.conditionings.settle()
-        yield self._finished()
+        meter = self.machine.meter
+        yield self.account.finished(
+            prompt_tokens=len(self._prompt.embeds),
+            recalled_tokens=self.request.reading.known_tokens,
+            speaks=self.request.voice is not None,
+            memory={"kind": meter.kind, "peak_bytes": dict(meter.peaks)},
+        )
 
     def _phases(self) -> Iterator[Event]:
         replanned = set[str]()
@@ -208,7 +201,7 @@ class Turn:
         return profile.add(meter.kind, meter.peaks) if meter.peaks else profile
 
     def _onload(self) -> Iterator[Event]:
-        with self._timed("load"):
+        with self.account.timed("load"):
             for done, total in self.room.load():
                 yield Progress("load", done, total, "bytes")
 
@@ -217,7 +210,7 @@ class Turn:
         speech, voice = self.request.speech, self.request.voice
         if voice and self.room.begin("conditioning"):
             (block,) = self.machine.residency.component("dit_conditioning")
-            with self._timed("condition"):
+            with self.account.timed("condition"):
                 made = condition(block, voice.speaker, speech, attempt=self._attempts("conditioning"))
             self.machine.conditionings.keep(Setting.of(voice.name, speech), made)
             yield Progress("condition", 1, 1, "voices")
@@ -242,7 +235,7 @@ class Turn:
 
     def _encoding(self, stage: str, filled: Iterator[int], media: Sequence[Any]) -> Iterator[Event]:
         done, total = 0, sum(len(medium.rows) for medium in media)
-        with self._timed("encode"):
+        with self.account.timed("encode"):
             for rows in filled:
                 done += rows
                 yield Progress(stage, done, total, "tokens")
@@ -258,8 +251,8 @@ class Turn:
         if room.begin("token2wav"):
             streams["token2wav"] = Lookahead(self._speak(streams["talker"]))
         while self._pull():
-            yield from self._take_outbox()
-        yield from self._take_outbox()
+            yield from self.account.take()
+        yield from self.account.take()
 
     def _pull(self) -> bool:
         """Have one more made by the last stage of the phase in force that is not at its end: a talker may fall silent
@@ -282,7 +275,7 @@ class Turn:
             talker_rows=self._talker_rows,
             device=self.machine.device,
         )
-        with self._timed("prefill"):
+        with self.account.timed("prefill"):
             for step in progress:
                 if isinstance(step, Prefilled):
                     return self._think(step, cache)
@@ -294,8 +287,8 @@ class Turn:
         self.request.reading.keep(cache, self._talker_rows, self._read_tokens)
 
     def _think(self, prefilled: Prefilled, cache: KVCache) -> Iterator[ThinkerStep]:
-        """The answer's text, step by step; what can be shown of it goes to the outbox."""
-        machine, max_tokens = self.machine, self.request.sampling.max_tokens
+        """The answer's text, step by step; what can be shown of it goes to the account."""
+        machine, account, max_tokens = self.machine, self.account, self.request.sampling.max_tokens
         steps = decode(
             replace(self._thinker(), stepping=self._stepping("thinker")),
             prefilled,
@@ -308,17 +301,17 @@ class Turn:
         try:
             for step in steps:
                 if step.token_id in machine.stop_ids:
-                    self._finish_reason = "stop"
+                    account.text_ends = "stop"
                 else:
-                    self._text_ids.append(step.token_id)
-                    self._show(text.push(step.token_id))
+                    account.text_ids.append(step.token_id)
+                    account.show(text.push(step.token_id))
                 yield step
-            if self._finish_reason != "stop":
-                self._finish_reason = "length"
+            if account.text_ends != "stop":
+                account.text_ends = "length"
             self.room.end("thinker")
         finally:
-            self._show(text.finish())
-            self._mark("text")
+            account.show(text.finish())
+            account.mark("text")
 
     def _choice(self) -> Choice:
         """How the next text id is found."""
@@ -331,10 +324,11 @@ class Turn:
 
     def _talk(self, steps: Iterable[ThinkerStep]) -> Iterator[int]:
         """The reply as codec ids."""
-        machine, speech, voice = self.machine, self.request.speech, self.request.voice
+        machine, account = self.machine, self.account
+        speech, voice = self.request.speech, self.request.voice
         model, max_codes = machine.model, speech.sampling.max_tokens
         assert voice and model.speech and self._talker_rows is not None
-        self._mark("talk")
+        account.mark("talk")
         ids = model.speech.codec_ids
         sampler = self._draws(
             "talker",
@@ -358,16 +352,14 @@ class Turn:
             device=machine.device,
         )
         for code in codes:
-            self._codec_ids.append(code)
-            if len(self._codec_ids) % CODES_PER_SECOND == 0 and "token2wav" not in self.room.phase.stages:
-                self._outbox.append(Progress("talk", len(self._codec_ids), None, "codes"))  # else nobody hears of it
+            account.say(code, is_heard="token2wav" in self.room.phase.stages)
             yield code
-        self._speech_finish_reason = "length" if len(self._codec_ids) == max_codes else "stop"
+        account.codes_end = "length" if len(account.codec_ids) == max_codes else "stop"
         self.room.end("talker")
-        self._mark("codes")
+        account.mark("codes")
 
     def _speak(self, codes: Iterable[int]) -> Iterator[None]:
-        """Sound as it becomes final, to the outbox; one turn of the loop per codec id, most of them silent."""
+        """Sound as it becomes final, to the account; one turn of the loop per codec id, most of them silent."""
         speech, voice = self.request.speech, self.request.voice
         assert voice
         layers, dit = self._layers_and_rest("dit")
@@ -379,56 +371,12 @@ class Turn:
         )
         for samples in pieces:
             if len(samples):
-                self._sound(samples)
+                self.account.sound(samples)
             yield
-            while self._playback.can_spare(self.clock()) and self._streams["thinker"].make_one():
+            while self.account.can_spare_time and self._streams["thinker"].make_one():
                 yield
         self.room.end("token2wav")
-        self._sound_is_whole = True
-        self._sound(np.zeros(0, np.float32), is_last=True)
-
-    def _show(self, piece: str) -> None:
-        if piece:
-            self._mark("ttft", once=True)
-            self._text.append(piece)
-            self._outbox.append(TextDelta(piece))
-
-    def _sound(self, samples: np.ndarray, is_last: bool = False) -> None:
-        if not is_last:
-            self._mark("audio_ttfp", once=True)
-            self._playback.hear(len(samples) / SAMPLE_RATE_HZ, self.clock())
-        self._outbox.append(AudioChunk(samples, SAMPLE_RATE_HZ, self._samples / SAMPLE_RATE_HZ, is_last))
-        self._samples += len(samples)
-        self._mark("speech")
-
-    def _take_outbox(self) -> Iterator[Event]:
-        while self._outbox:
-            yield self._outbox.popleft()
-
-    def _finished(self) -> Finished:
-        self._mark("total")
-        spoken: FinishReason = self._speech_finish_reason if self._sound_is_whole else "cancelled"
-        return Finished(
-            text="".join(self._text),
-            text_ids=tuple(self._text_ids),
-            codec_ids=tuple(self._codec_ids),
-            prompt_tokens=len(self._prompt.embeds),
-            recalled_tokens=self.request.reading.known_tokens,
-            finish_reason=self._finish_reason,
-            speech_finish_reason=spoken if self.request.voice else None,
-            audio_s=self._samples / SAMPLE_RATE_HZ,
-            sample_rate_hz=SAMPLE_RATE_HZ,
-            audio_rtf=self._rtf(),
-            audio_underrun_s=self._playback.underrun_s,
-            timings=dict(self._timings),
-            memory={"kind": self.machine.meter.kind, "peak_bytes": dict(self.machine.meter.peaks)},
-        )
-
-    def _rtf(self) -> float | None:
-        """Seconds from the first code to the last sample per second of sound."""
-        if not self._samples:
-            return None
-        return (self._timings["speech"] - self._timings["talk"]) * SAMPLE_RATE_HZ / self._samples
+        self.account.end_sound()
 
     def _thinker(self) -> Thinker:
         model = self.machine.model
@@ -467,28 +415,6 @@ class Turn:
     def _layers_and_rest(self, component: str) -> tuple[tuple[Any, ...], Any]:
         *layers, rest = self.machine.residency.component(component)
         return tuple(layers), rest
-
-    def _timed(self, name: str) -> _Stopwatch:
-        return _Stopwatch(self._timings, name)
-
-    def _mark(self, name: str, once: bool = False) -> None:
-        """Note the seconds since the turn began."""
-        if not (once and name in self._timings):
-            self._timings[name] = self.clock() - self.started_s
-
-
-class _Stopwatch:
-    """Adds the seconds spent inside to a named sum."""
-
-    def __init__(self, sums: dict[str, float], name: str) -> None:
-        self._sums = sums
-        self._name = name
-
-    def __enter__(self) -> None:
-        self._began_s = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._sums[self._name] = self._sums.get(self._name, 0.0) + time.perf_counter() - self._began_s
 
 
 def _seed(chosen: int | None, fallback: int) -> int:

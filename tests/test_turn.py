@@ -174,7 +174,7 @@ def test_text_is_shown_as_it_is_written_also_when_the_pipe_ends_in_sound(omni: O
         turn = turn_of(omni, prompt.inputs, plan_of([STAGES]))
         events = turn.run()
         next(event for event in events if isinstance(event, TextDelta))
-        assert len(turn._codec_ids) <= 1
+        assert len(turn.account.codec_ids) <= 1
         events.close()
 
 
