@@ -172,7 +172,15 @@ def overhead(bench: Bench) -> dict[str, float]:
         machine, workload = omni._machine, omni._workload(omni.measure(QUESTION).size, SAMPLING, SPEECH, None)
         replan = partial(omni._plan, workload)
         plan = replan(omni.budget)
-        room = Room(machine.residency, machine.device, machine.trim, Control(omni.budget), plan, replan)
+        room = Room(
+            machine.residency,
+            machine.device,
+            machine.trim,
+            machine.free_bytes,
+            Control(omni.budget),
+            plan,
+            replan,
+        )
         next(room.phases())
         list(room.load())
         uses = [use for name in ("thinker", "lm_head") for use in machine.residency.component(name)]

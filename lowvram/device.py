@@ -64,6 +64,12 @@ def open_device(name: str = "auto") -> Device:
     return _cuda(device)
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """What a plan may count on beside what this process has in tensors by now: what is free, as `Device` has it. None
+    where memory is not the device's own. Who asks gives back first what torch's allocator keeps for later."""
+    return _free_and_total_bytes(device)[0] if device.type == "cuda" else None
+
+
 class MemoryCap:
     """Makes tensors beyond a budget an out-of-memory error on CUDA, although the card may have room left.
 
@@ -286,8 +292,7 @@ def _cuda(device: torch.device) -> Device:
     try:
         opened = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         _compute(opened)
-        free_bytes, total_bytes = torch.cuda.mem_get_info(opened)
-        left_bytes = max(0, _fraction_of(opened).allowed_bytes - torch.cuda.memory_reserved(opened))
+        free_now_bytes, total_bytes = _free_and_total_bytes(opened)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise BackendError(
@@ -297,7 +302,14 @@ def _cuda(device: torch.device) -> Device:
             hint="close what fills the card, install the build of torch for this card and driver, or --device cpu",
         ) from error
     title = f"{torch.cuda.get_device_name(opened)}, {format_bytes(total_bytes)}"
-    return Device(opened, title, min(min(free_bytes, left_bytes) + CONTEXT_BYTES, total_bytes))
+    return Device(opened, title, free_now_bytes)
+
+
+def _free_and_total_bytes(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA card, its context among what is free."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    left_bytes = max(0, _fraction_of(device).allowed_bytes - torch.cuda.memory_reserved(device))
+    return min(min(free_bytes, left_bytes) + CONTEXT_BYTES, total_bytes), total_bytes
 
 
 def _compute(device: torch.device) -> None:

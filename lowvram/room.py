@@ -113,6 +113,7 @@ class Room:
         residency: Residency,
         device: torch.device,
         trim: Callable[[], None],
+        free_bytes: Callable[[], int | None],
         control: Control,
         plan: Plan,
         replan: Replan,
@@ -129,6 +130,7 @@ class Room:
         self._here = residency.here()
         self._device = device
         self._trim = trim
+        self._free_bytes = free_bytes
         self._control = control
         self._replan_for = replan
         self._budget = _budget_of(plan, control.budget)
@@ -327,8 +329,10 @@ class Room:
         return rest.pop() if rest else None
 
     def _with_relief(self, step: Callable[[], T], undo: Callable[[], object] = lambda: None) -> T:
-        """Climb down: try again, then with three quarters of the phase's peak, then with the least it can do with."""
-        for relieve in (self._give_back_what_is_free, self._keep_three_quarters, self._keep_the_least):
+        """Climb down: try again, then twice with three quarters of the phase's peak, or what others have left of that,
+        then with the least it can do with."""
+        rungs = (self._give_back_what_is_free, self._keep_what_is_left, self._keep_what_is_left, self._keep_the_least)
+        for relieve in rungs:
             try:
                 return step()
             except RuntimeError as error:
@@ -352,9 +356,14 @@ class Room:
         self._trim()
         self._loading = self._residency.enter(self._present)
 
-    def _keep_three_quarters(self) -> None:
+    def _keep_what_is_left(self) -> None:
+        self._drop_captures()
+        self._trim()
         own_bytes = self._present.peak_bytes - self._present.prefetch_bytes
-        self._fall_back_to(max(1, own_bytes * 3 // 4 + self.plan.reserve_bytes))
+        vram_bytes = max(1, own_bytes * 3 // 4 + self.plan.reserve_bytes)
+        if (free_bytes := self._free_bytes()) is not None:
+            vram_bytes = min(vram_bytes, self._residency.live_bytes + self.kv_bytes + free_bytes)
+        self._fall_back_to(vram_bytes)
 
     def _keep_the_least(self) -> None:
         self._fall_back_to(1)

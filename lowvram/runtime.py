@@ -20,7 +20,7 @@ import torch
 
 from .allowance import grant, part
 from .checkpoint import DEFAULT_MODEL, DEMO, Checkpoint, TensorReader, open_checkpoint, stored_dtype
-from .device import Device, MemoryCap, choose_dtype, exact_arithmetic, open_device
+from .device import Device, MemoryCap, choose_dtype, exact_arithmetic, free_bytes, open_device
 from .errors import CheckpointError, LowVRAMError, OptionError
 from .events import Event, Finished
 from .flow import ModelInputs
@@ -476,6 +476,7 @@ def _machine_of(
         model=model,
         residency=Residency(model.components, model.transfer),
         trim=model.transfer.trim,
+        free_bytes=partial(free_bytes, device),
         device=device,
         meter=meter or open_meter(device),
         stop_ids=_stop_ids(checkpoint, preprocessor),

@@ -134,6 +134,7 @@ def _machine(model: OmniModel, plan: Plan, ledger: LiveBytes) -> Machine:
         model=model,
         residency=_BrisklyWalked(components, model.transfer, decoders, plan.prompt_tokens, trim),
         trim=trim,
+        free_bytes=lambda: None,
         device=DEVICE,
         meter=ledger,
         stop_ids=frozenset([STOP_ID]),

@@ -57,11 +57,13 @@ class Voice:
 @dataclass(frozen=True)
 class Machine:
     """What serves one turn after another: the model, where its weights are, its tokenizer's side of text, and what is
-    known of its voices by now. `trim` gives the device what its allocator keeps for later."""
+    known of its voices by now. `trim` gives the device what its allocator keeps for later, and `free_bytes` is what the
+    device then has for us beside what we hold, where it can be asked."""
 
     model: OmniModel
     residency: Residency
     trim: Callable[[], None]
+    free_bytes: Callable[[], int | None]
     device: torch.device
     meter: Meter
     stop_ids: frozenset[int]
@@ -113,7 +115,15 @@ class Turn:
         self._streams: dict[str, Lookahead[Any]] = {}
         """By stage, of those that have begun: what they make, in the order in which they pull from one another."""
         machine = self.machine
-        self.room = Room(machine.residency, machine.device, machine.trim, self.control, request.plan, request.replan)
+        self.room = Room(
+            machine.residency,
+            machine.device,
+            machine.trim,
+            machine.free_bytes,
+            self.control,
+            request.plan,
+            request.replan,
+        )
 
     def run(self) -> Generator[Event, None, None]:
         """Carry out the plan, phase by phase, and end with `Finished`.

@@ -103,10 +103,10 @@ def replan(budget: Budget, over: frozenset[str], begun: tuple[str, ...]) -> Plan
 class Turn:
     """A room with all that surrounds it, in the first phase of a plan for 1000 bytes, which has begun."""
 
-    def __init__(self, device: torch.device = CPU) -> None:
+    def __init__(self, device: torch.device = CPU, free_bytes: int | None = None) -> None:
         self.shelf, self.control = Shelf(), Control(ROOMY)
         plan = plan_within(1000, *STAGES)
-        self.room = Room(self.shelf, device, self.shelf.trim, self.control, plan, replan)
+        self.room = Room(self.shelf, device, self.shelf.trim, lambda: free_bytes, self.control, plan, replan)
         self.phases = self.room.phases()
         next(self.phases)
         self.room.begin("thinker")
@@ -154,16 +154,30 @@ def test_a_step_that_runs_out_is_undone_and_tried_again_after_trimming():
     assert turn.room.plan.budget_bytes == 1000
 
 
-@pytest.mark.parametrize(("times", "budget_bytes"), [(2, 750), (3, 10)])
+@pytest.mark.parametrize(("times", "budget_bytes"), [(2, 750), (3, 562), (4, 10)])
 def test_then_less_is_held_and_then_the_least(times: int, budget_bytes: int):
     turn = Turn()
     assert turn.room.attempt(runs_out(times)) == "done"
     assert turn.room.plan.budget_bytes == budget_bytes
 
 
+@pytest.mark.parametrize(("free_bytes", "budget_bytes"), [(300, 407), (643, 750), (5000, 750), (0, 107)])
+def test_of_three_quarters_only_that_is_held_which_others_have_left(free_bytes: int, budget_bytes: int):
+    turn = Turn(free_bytes=free_bytes)
+    turn.room.hold("thinker", Cache)
+    assert turn.room.attempt(runs_out(2)) == "done"
+    assert turn.room.plan.budget_bytes == budget_bytes
+
+
+def test_what_is_left_is_asked_for_when_all_is_given_back_that_can_be():
+    turn = Turn(free_bytes=300)
+    turn.room.attempt(runs_out(2))
+    assert turn.shelf.diary[-4:] == ["trim", ("plan", 307), ("way", 307), ("enter", 307)]
+
+
 def test_when_nothing_is_left_to_give_up_it_is_a_budget_error():
     with pytest.raises(BudgetExceededError, match='phase "thinker" was planned to need 10 B') as refused:
-        Turn().room.attempt(runs_out(4))
+        Turn().room.attempt(runs_out(5))
     assert isinstance(refused.value.__cause__, torch.OutOfMemoryError)
 
 
@@ -224,7 +238,7 @@ def test_another_budget_holds_from_the_next_step_on():
 def test_a_budget_named_after_the_plan_was_made_and_before_its_turn_holds_from_the_first_step_on():
     turn = Turn()
     turn.control.set_budget(Budget(500))
-    room = Room(turn.shelf, CPU, turn.shelf.trim, turn.control, plan_within(1000, *STAGES), replan)
+    room = Room(turn.shelf, CPU, turn.shelf.trim, lambda: None, turn.control, plan_within(1000, *STAGES), replan)
     room.attempt(lambda: None)
     assert room.plan.budget_bytes == 500
 
@@ -368,7 +382,7 @@ def in_one_phase(device: torch.device = CPU) -> Turn:
     """A turn whose plan has both stages in one phase, loaded and not begun."""
     turn = Turn()
     plan = replace(turn.room.plan, phases=(replace(turn.room.phase, stages=STAGES),))
-    turn.room = Room(turn.shelf, device, turn.shelf.trim, turn.control, plan, replan)
+    turn.room = Room(turn.shelf, device, turn.shelf.trim, lambda: None, turn.control, plan, replan)
     turn.phases = turn.room.phases()
     next(turn.phases)
     return turn
