@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lowvram.errors import BackendError, BudgetError, CheckpointError, LowVRAMError, OptionError
-from lowvram.events import Event, Finished, TextDelta
+from lowvram.events import AudioChunk, Event, Finished, TextDelta
 from lowvram.offload.meter import LiveBytes
 from lowvram.options import TALKER_SAMPLING, Limits, SamplingParams, SpeechParams
 from lowvram.room import Control
@@ -250,6 +250,22 @@ def test_by_default_a_checkpoint_speaks_if_it_can(omni: OmniRuntime):
 def test_opening_says_nothing(demo: Path, capfd: pytest.CaptureFixture):
     OmniRuntime.open(demo, device="cpu").close()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_an_applications_default_dtype_changes_no_answer(demo: Path, dtype: torch.dtype):
+    def speech() -> bytes:
+        with OmniRuntime.open(demo, device="cpu") as omni:
+            said = omni.generate(MESSAGES, sampling=SHORT, speech=SPEECH)
+            return b"".join(event.samples.tobytes() for event in said if isinstance(event, AudioChunk))
+
+    expected = speech()
+    torch.set_default_dtype(dtype)
+    try:
+        assert speech() == expected
+        assert torch.get_default_dtype() is dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
