@@ -1,9 +1,10 @@
 """What decoding speech holds beside its weights, over the length of the speech: ours, and the reference's ways.
 
-    python benchmarks/speech_memory.py [--codes 150 500 1500] [--tiny] [--json] [-o results/speech-memory.json]
+    python benchmarks/speech_memory.py [--codes 150 500 1500] [--ours] [--tiny] [--json] [-o results/speech-memory.json]
 
 token2wav alone, as in `latency.py`: live tensors at their peak, weights left out, one row a way and one column a
-length. Ours solve in full; the reference's ways take one step, since what they hold does not grow with the steps.
+length. Ours solve in full; the reference's ways take one step, since what they hold does not grow with the steps. Their
+attention is dense, so 30 s take them an hour of a CPU: `--ours` leaves them out.
 """
 
 from __future__ import annotations
@@ -41,12 +42,15 @@ def peak_bytes(decode: Iterable[Any]) -> int:
     return ledger.peak_bytes
 
 
-def measure(model: Any, size: DemoSize, lengths_codes: Sequence[int], modes: Sequence[str]) -> dict[str, list[int]]:
+def measure(
+    model: Any, size: DemoSize, lengths_codes: Sequence[int], modes: Sequence[str], *, only_ours: bool
+) -> dict[str, list[int]]:
     """Each way's peaks, one for each length."""
     peaks: dict[str, list[int]] = {}
     for codes in lengths_codes:
         for way, decode in all_ways(model, some_codes(size, codes), modes, [PARAMS.solver], ONE_STEP).items():
-            peaks.setdefault(way, []).append(peak_bytes(decode()))
+            if not only_ours or way.startswith(tuple(modes)):
+                peaks.setdefault(way, []).append(peak_bytes(decode()))
     return peaks
 
 
@@ -62,13 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Peak memory of every way to decode speech, by the speech's length.")
     parser.add_argument("--codes", type=int, nargs="+", default=LENGTHS_CODES, help="lengths, 50 codes a second")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--ours", action="store_true", help="leave the reference's ways out")
     parser.add_argument("--tiny", action="store_true", help="a toy's sizes in place of the published ones")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("-o", "--output", type=Path, help="keep the JSON in this file, too")
     chosen = parser.parse_args(arguments)
     logging.set_verbosity_error()
     size = TINY if chosen.tiny else SIZE_7B
-    peaks = measure(load(size), size, chosen.codes, chosen.modes)
+    peaks = measure(load(size), size, chosen.codes, chosen.modes, only_ours=chosen.ours)
     card = make_card(
         "CPU",
         size="a toy's" if chosen.tiny else "as published (7B)",
