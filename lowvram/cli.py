@@ -362,6 +362,7 @@ def demo_model(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
     seed: Annotated[int, typer.Option("--seed", help="Other weights.")] = 0,
     tiny: Annotated[bool, typer.Option("--tiny", help="The smallest one, for tests.")] = False,
+    sixteen_bit: Annotated[bool, typer.Option("--16bit", help="Not quantized: to try lowvram quantize with.")] = False,
 ) -> None:
     """Write the built-in demo checkpoint to a folder. It has all of an Omni's parts; its words are gibberish."""
     from .demo import TINY, DemoSize, build_demo
@@ -371,7 +372,7 @@ def demo_model(
         try:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise OptionError(f"{folder} exists and is not an empty folder", hint="name a new one")
-            build_demo(folder, seed=seed, size=TINY if tiny else DemoSize())
+            build_demo(folder, seed=seed, quantized=not sixteen_bit, size=TINY if tiny else DemoSize())
         except OSError as error:
             raise OptionError(f"the demo checkpoint cannot be written to {folder}: {error.strerror}") from error
         write_text(str(folder), sys.stdout)

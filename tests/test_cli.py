@@ -510,6 +510,20 @@ def test_demo_model_writes_the_checkpoint_that_the_demo_builder_does(demo: Path,
     }
 
 
+def test_the_demo_can_be_written_in_16_bit_and_quantized(folder: Path):
+    assert lowvram("demo-model", "whole", "--tiny", "--16bit").exit_code == 0
+    brief = ("--samples", "1", "--sample-tokens", "16", "--group-size", "32", "--device", "cpu")
+    done = lowvram("quantize", "whole", "small", *brief)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads((folder / "small" / "config.json").read_text())["quantization_config"]["bits"] == 4
+
+
+def test_quantize_says_where_a_demo_in_16_bit_comes_from(folder: Path):
+    done = lowvram("quantize", "demo", "small")
+    assert (done.exit_code, "lowvram demo-model DIR --16bit" in done.stderr) == (2, True)
+    assert not (folder / "small").exists()
+
+
 def test_demo_model_says_why_a_folder_cannot_be_made():
     done = lowvram("demo-model", "a" * 300, "--tiny")
     assert (done.exit_code, "File name too long" in done.stderr) == (2, True)

@@ -118,9 +118,9 @@ def frame_span(total: int, fps: float, start_s: float | None, end_s: float | Non
     first = 0 if start_s is None else math.ceil(min(start_s, duration_s) * fps)
     last = total - 1 if end_s is None else min(math.floor(min(end_s, duration_s) * fps), total - 1)
     if first > last:
-        begin_s, finish_s = start_s or 0.0, duration_s if end_s is None else end_s
+        between = f"between {start_s or 0.0:g} s and {end_s:g} s" if end_s is not None else f"from {start_s:g} s on"
         raise MediaError(
-            f"{name or 'a video'} has no frame between {begin_s:g} s and {finish_s:g} s: it is {duration_s:.2f} s long"
+            f"{name or 'a video'} has no frame {between}: it is {duration_s:.2f} s long"
             f" ({total} frames at {fps:.4g} frames/s)",
             path=name,
             limit="start/end",

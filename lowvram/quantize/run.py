@@ -49,7 +49,7 @@ from .options import ALSO, LAYERS, Agreement, Deviations, LayerReport, PartRepor
 from .parts import HEAD_PART, PartWriter, find_part, read_rows
 from .rows import QUANTIZED, ROUNDED, SIXTEEN_BIT, TRACKS, HeldOut, RowFile, Samples
 from .samples import Block, Choice, Embedder, Run, choose_blocks, embedded_blocks, gather_runs, phase_with
-from .source import fingerprint, name_only, published_config, refuse_quantized
+from .source import fingerprint, name_only, published_config, refuse_demo, refuse_quantized
 from .state import Unfinished, require_new_or_unfinished, require_room
 
 RECIPE = 2
@@ -89,6 +89,7 @@ def quantize_checkpoint(
     a disk that is too small, another process at work there or too little to calibrate on, MediaError for media that
     cannot be used, and BudgetExceededError where the device runs out.
     """
+    refuse_demo(source)
     checkpoint = open_checkpoint(source, on_progress=on_download)
     refuse_quantized(checkpoint)
     with (

@@ -7,11 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, TensorReader, read_config
-from ..errors import CheckpointError
+from ..checkpoint import DEMO, Checkpoint, TensorReader, read_config
+from ..errors import CheckpointError, OptionError
 
 SAMPLED_BYTES = 4096
 """Of each tensor, by which a checkpoint is known again: training leaves hardly any of them as they were."""
+
+
+def refuse_demo(source: str | Path) -> None:
+    """Raise OptionError for the built-in demo by its name, which is no folder here and nobody's on the hub."""
+    if source == DEMO and not Path(DEMO).is_dir():
+        raise OptionError("the demo is in 4 bits already", hint="lowvram demo-model DIR --16bit writes one to quantize")
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
