@@ -186,6 +186,29 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
             yield
 
 
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Inside, torch's default dtype is float32: the modelling library counts on that where it names none, for resampling
+    filters and for the lengths of masks.
+
+    Where an application has chosen another one it is as it was on leaving. It is the whole process's, so that only one
+    thread at a time is inside, and should not stay.
+    """
+    with _defaulting:
+        chosen = torch.get_default_dtype()
+        if chosen is torch.float32:
+            yield
+            return
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(chosen)
+
+
+_defaulting = Lock()
+
+
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     has_autocast = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()

@@ -251,7 +251,7 @@ def spreading_turn(head_dim: int) -> Tensor:
     Where D is no power of two, each block of channels of the largest that divides it is spread within itself.
     """
     with torch.device("cpu"):
-        block = torch.ones(1, 1)
+        block = torch.ones(1, 1, dtype=torch.float32)
         while len(block) < head_dim & -head_dim:
-            block = torch.kron(block, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+            block = torch.kron(block, torch.tensor([[1, 1], [1, -1]]))
         return torch.block_diag(*[block] * (head_dim // len(block))) / len(block) ** 0.5

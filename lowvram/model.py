@@ -30,6 +30,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 
 from . import attention
 from .checkpoint import Checkpoint, TensorReader, find_tensor
+from .device import float32_by_default
 from .errors import CheckpointError
 from .kv_cache import Int8KVCache, KVCache
 from .offload.transfer import TORCH_DTYPE, Transfer
@@ -394,24 +395,9 @@ def _computed_tables(module: Any, device: torch.device) -> Any:
     for child in module.modules():
         for name, buffer in child._buffers.items():
             if buffer is not None:
-                with torch.device("cpu"), _float32_by_default():
+                with torch.device("cpu"), float32_by_default():
                     child._buffers[name] = _again(child).get_buffer(name).to(device)
     return module
-
-
-@contextmanager
-def _float32_by_default() -> Iterator[None]:
-    """Resampling filters are computed in torch's default dtype, which is the whole process's: where an application has
-    chosen another one, and only there, it is float32 inside."""
-    chosen = torch.get_default_dtype()
-    if chosen is torch.float32:
-        yield
-        return
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(chosen)
 
 
 def _again(owner: Any) -> nn.Module:

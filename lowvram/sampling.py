@@ -88,7 +88,7 @@ class Sampler:
             return
         if self._noise is None:
             self._noise = torch.empty_like(self._seen, dtype=torch.float32)
-        fresh = torch.empty(len(self._seen), device=self._generator.device)
+        fresh = torch.empty(len(self._seen), dtype=torch.float32, device=self._generator.device)
         self._noise.copy_(fresh.exponential_(generator=self._generator))
         self._noise_is_fresh = True
 

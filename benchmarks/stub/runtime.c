@@ -49,7 +49,7 @@ typedef struct { unsigned long long capture; struct timespec at; } Event;
 typedef struct { size_t nodes; } Graph;
 
 static Stream legacy_stream;
-static struct { unsigned long long id, last_id; enum cudaStreamCaptureMode mode; int blocks; Graph *graph; } capture;
+static struct { unsigned long long id, last_id; enum cudaStreamCaptureMode mode; int blocks, broken; Graph *graph; } capture;
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 static __thread unsigned long long captured_here; /* the capture that this thread has begun */
 
@@ -60,21 +60,28 @@ static int is_capturing(Stream *stream) {
     return stream->capture != 0;
 }
 
+/* A capture that met what it must not is good for nothing but its end, which fails, too. */
+static cudaError_t breaks(cudaError_t error, const char *reason) {
+    capture.broken = 1;
+    return refuse(error, reason);
+}
+
 /* What waits for the whole card, or may. */
 static cudaError_t unsafe(const char *what) {
     int is_forbidden = capture.id && thread_mode != cudaStreamCaptureModeRelaxed
         && (capture.mode == cudaStreamCaptureModeGlobal || captured_here == capture.id);
-    return is_forbidden ? refuse(cudaErrorStreamCaptureUnsupported, what) : cudaSuccess;
+    return is_forbidden ? breaks(cudaErrorStreamCaptureUnsupported, what) : cudaSuccess;
 }
 
 /* What is put into a stream. */
 static cudaError_t issue(cudaStream_t handle) {
     Stream *stream = of(handle);
     if (is_capturing(stream)) {
+        if (capture.broken) return refuse(cudaErrorStreamCaptureInvalidated, NULL);
         capture.graph->nodes++;
         count.captured++;
     } else if (stream == &legacy_stream && capture.id && capture.blocks) {
-        return refuse(cudaErrorStreamCaptureImplicit, "work in the legacy stream beside a capture in a blocking one");
+        return breaks(cudaErrorStreamCaptureImplicit, "work in the legacy stream beside a capture in a blocking one");
     }
     return cudaSuccess;
 }
@@ -92,18 +99,18 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
     return cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-    return is_capturing(of(stream)) ? refuse(cudaErrorStreamCaptureUnsupported, "a query of a captured stream")
+    return is_capturing(of(stream)) ? breaks(cudaErrorStreamCaptureUnsupported, "a query of a captured stream")
                                     : unsafe("a stream's query during a capture");
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    return is_capturing(of(stream)) ? refuse(cudaErrorStreamCaptureUnsupported, "a wait for a captured stream")
+    return is_capturing(of(stream)) ? breaks(cudaErrorStreamCaptureUnsupported, "a wait for a captured stream")
                                     : unsafe("a wait for a stream during a capture");
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t handle, unsigned flags) {
     Event *event = (Event *)handle;
     int is_of_this_capture = event->capture && event->capture == capture.id;
     if (is_of_this_capture) of(stream)->capture = capture.id;
-    else if (is_capturing(of(stream))) return refuse(cudaErrorStreamCaptureIsolation, "an event from before a capture");
+    else if (is_capturing(of(stream))) return breaks(cudaErrorStreamCaptureIsolation, "an event from before a capture");
     return cudaSuccess;
 }
 cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t call, void *data, unsigned flags) {
@@ -114,7 +121,9 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t call, void *dat
     if (!is_capturing(of(stream))) call(data);
     return issue(stream);
 }
-cudaError_t cudaDeviceSynchronize(void) { return unsafe("a wait for the card during a capture"); }
+cudaError_t cudaDeviceSynchronize(void) { /* in whatever thread and mode */
+    return capture.id ? breaks(cudaErrorStreamCaptureUnsupported, "a wait for the card during a capture") : cudaSuccess;
+}
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
     enum cudaStreamCaptureMode before = thread_mode;
@@ -127,6 +136,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
     if (capture.id) return refuse(cudaErrorIllegalState, "a second capture beside the first");
     capture.id = captured_here = of(stream)->capture = ++capture.last_id;
     capture.mode = mode;
+    capture.broken = 0;
     capture.blocks = !(of(stream)->flags & cudaStreamNonBlocking);
     capture.graph = calloc(1, sizeof(Graph));
     return cudaSuccess;
@@ -134,13 +144,14 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     if (!is_capturing(of(stream))) return refuse(cudaErrorIllegalState, "the end of a capture that is none");
     of(stream)->capture = capture.id = 0;
-    *graph = (cudaGraph_t)capture.graph;
-    return cudaSuccess;
+    *graph = (cudaGraph_t)(capture.broken ? NULL : capture.graph);
+    return capture.broken ? refuse(cudaErrorStreamCaptureInvalidated, NULL) : cudaSuccess;
 }
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
                                      cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges,
                                      size_t *n) {
-    *status = is_capturing(of(stream)) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    *status = !is_capturing(of(stream)) ? cudaStreamCaptureStatusNone
+        : capture.broken ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
     if (id) *id = of(stream)->capture;
     if (graph) *graph = (cudaGraph_t)capture.graph;
     if (nodes) *nodes = NULL;

@@ -84,8 +84,9 @@ def self_test(multiply: Multiply) -> float:
     generator = torch.Generator()
     generator.seed()  # other numbers each time: where a kernel forgets to write may lie what an earlier test left there
     group_size, in_features, out_features = 2 * RUN, 6 * RUN, 2 * COLUMNS + 1
-    stored = pack_int8(torch.randn(out_features, in_features, generator=generator), group_size)
-    rows = torch.randn(ROWS + 1, in_features, generator=generator)
+    weight = torch.randn(out_features, in_features, generator=generator, dtype=torch.float32)
+    stored = pack_int8(weight, group_size)
+    rows = torch.randn(ROWS + 1, in_features, generator=generator, dtype=torch.float32)
     exact = rows @ unpack_int8(*stored, group_size, torch.float32).t()
     return largest_error((multiply(rows[:n], *stored, group_size) for n in (1, 2, 3, len(rows))), exact)
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import float32_by_default
 from ..errors import CheckpointError
 from ..flow import Attempt, at_once
 from ..options import Solver, SpeechParams
@@ -162,7 +163,8 @@ def prepare(dit: nn.Module, speaker: Speaker, stages: Sequence[Stage], *, guidan
 
 def _with_silence(voice: Tensor, guided: bool, encode: nn.Module) -> Tensor:
     """What `encode` makes of a voice and, for the null branch, of zeros in its place: [G, ...]."""
-    return torch.cat([encode(heard) for heard in (voice, torch.zeros_like(voice))[: 1 + guided]])
+    with float32_by_default():
+        return torch.cat([encode(heard) for heard in (voice, torch.zeros_like(voice))[: 1 + guided]])
 
 
 def _check_voice(speaker: Speaker, dit: nn.Module) -> None:
