@@ -165,6 +165,8 @@ class Turn:
             with self.machine.meter.phase(phase.name):
                 for part in (self._onload, self._condition, self._encode, self._answer):
                     yield from self._watched(part(), phase)
+                    if self.room.plan is not plan:
+                        break  # what is left is done, and told of, under the phases of the other plan
             if self.room.plan is not plan:
                 replanned.add(phase.name)  # also where it comes again: its peak is then of more than one plan
             if phase.name not in replanned:

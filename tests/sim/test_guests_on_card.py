@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from sim.harness import PLENTY_BYTES, QUESTIONS, Answer, Host, furnished_card
 
+from lowvram.errors import InfeasibleBudgetError
 from lowvram.events import Event, Finished, Progress
 
 PATIENCE_S = 30.0
@@ -64,6 +65,19 @@ def test_releasing_frees_all_but_small_states_and_changes_nothing(
 
     assert disturbed(QUESTIONS[name].ask(host.omni), release).says(on_cpu[name])
     assert max(shares) < SMALL_SHARE
+
+
+def test_phases_that_a_larger_budget_joins_are_told_of_under_their_name(host: Host, on_cpu: Mapping[str, Answer]):
+    question = QUESTIONS["spoken"]
+    with pytest.raises(InfeasibleBudgetError) as refused:
+        host.omni.set_budget(1)
+        question.plan(host.omni)
+    host.omni.set_budget(refused.value.needed_bytes)
+    first, *_, last = (phase.name for phase in question.plan(host.omni).phases)
+    assert last == "sound"
+    answer = disturbed(question.ask(host.omni), lambda event: host.omni.set_budget(PLENTY_BYTES))
+    assert answer.says(on_cpu["spoken"])
+    assert list(answer.finished.memory["peak_bytes"]) == [first, "see+think+talk+sound"]
 
 
 def test_releasing_in_the_middle_of_a_step_frees_the_card_after_it(host: Host, on_cpu: Mapping[str, Answer]):
