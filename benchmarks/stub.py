@@ -7,8 +7,8 @@ Torch's dispatcher, caching allocator, streams, events and graph capture are the
 below them `stub/` stands for the runtime, the driver, cuBLAS and cuDNN. Numbers mean nothing: what is read from the
 card is zero, and so is every token. Memory means a lot: what torch takes from the driver is what it would take from a
 card, but for the context and what libraries keep to themselves or ask of torch as workspace. Kernels of ours are let
-through although their trial finds them wrong. Needs Linux, a C compiler and torch built for CUDA 13; what was refused,
-and counts, are told on stderr.
+through although their trial finds them wrong. Needs Linux, a C compiler, torch built for CUDA 13 and its allocator
+without expandable segments; what was refused, and counts, are told on stderr.
 """
 
 from __future__ import annotations
@@ -48,16 +48,19 @@ HOST_DEFINES = """
 """
 """Of crt/host_defines.h, which is the compiler's and not among torch's packages, what the runtime's headers need."""
 
+HEADERS = Path("nvidia", "cu13", "include")
+"""Of CUDA 13, where torch's packages bring it."""
+
 INSIDE = "LOWVRAM_STUBBED"
 
 
 def build(folder: Path) -> tuple[Path, Path]:
     """Compile the stub for the torch that is installed; returns what goes before CUDA's libraries, and the driver."""
-    packages = _folder_of("torch").parent
+    packages = _packages()
     headers = folder / "crt" / "host_defines.h"
     headers.parent.mkdir()
     headers.write_text(HOST_DEFINES, encoding="utf-8")
-    includes = [folder, packages / "nvidia" / "cu13" / "include", packages / "nvidia" / "cudnn" / "include"]
+    includes = [folder, packages / HEADERS, packages / "nvidia" / "cudnn" / "include"]
     sources = [SOURCES / "runtime.c", SOURCES / "libraries.c"]
     said = _compile(folder / "said.so", sources, includes)
     rest = folder / "rest.c"
@@ -86,10 +89,11 @@ def _symbols(library: Path, which: str) -> set[str]:
     return {line.split()[-1].partition("@")[0] for line in printed.splitlines()}
 
 
-def _folder_of(package: str) -> Path:
-    found = find_spec(package)
+def _packages() -> Path:
+    """Where torch is installed, and CUDA beside it."""
+    found = find_spec("torch")
     assert found is not None and found.origin is not None
-    return Path(found.origin).parent
+    return Path(found.origin).parents[1]
 
 
 def run_inside(arguments: Sequence[str]) -> None:
@@ -110,12 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build the stub and run the program over it; returns the program's exit code."""
     parser = argparse.ArgumentParser(description="A program on torch's CUDA side without a card.")
     parser.add_argument("--vram", default="12GiB", help="of the card that is not there (default: %(default)s)")
-    parser.add_argument("--sm", default="86", help="its compute capability, without the point (default: %(default)s)")
+    parser.add_argument(
+        "--sm", type=int, default=86, help="its compute capability, without the point (default: %(default)s)"
+    )
     parser.add_argument("-m", dest="is_module", action="store_true", help="the program is a module, no script")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="and its arguments")
     chosen = parser.parse_args(arguments)
     if not chosen.program:
         parser.error("name a program")
+    if not (_packages() / HEADERS).is_dir():
+        parser.error("this torch is not built for CUDA 13: install one that is, which needs no card")
     try:
         vram_bytes = parse_bytes(chosen.vram)
     except OptionError as error:
@@ -125,9 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = os.environ | {
             INSIDE: "1",
             "LD_PRELOAD": str(stub),
-            "LD_LIBRARY_PATH": f"{driver.parent}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+            "LD_LIBRARY_PATH": ":".join(filter(None, (str(driver.parent), os.environ.get("LD_LIBRARY_PATH")))),
             "STUB_BYTES": str(vram_bytes),
-            "STUB_SM": chosen.sm,
+            "STUB_SM": str(chosen.sm),
         }
         program = (*(["-m"] if chosen.is_module else []), *chosen.program)
         return subprocess.run([sys.executable, __file__, *program], env=environment).returncode

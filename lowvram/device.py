@@ -13,10 +13,7 @@ import torch
 
 from .errors import BackendError, OptionError
 from .offload.budget import MIB, format_bytes
-
-CONTEXT_BYTES = 350 * MIB
-"""A CUDA context with its loaded kernels, on an Ampere card: mostly taken when free memory is asked for, and part of a
-plan's reserve."""
+from .offload.plan import CONTEXT_BYTES, WORKSPACE_BYTES
 
 HEADROOM_BYTES = 256 * MIB
 CPU_HEADROOM_BYTES = 1024 * MIB
@@ -80,7 +77,7 @@ class MemoryCap:
 
     def __init__(self, device: torch.device, held_bytes: int) -> None:
         self._device = device
-        self._others_bytes = max(0, _taken_bytes(device) - held_bytes) if device.type == "cuda" else 0
+        self._others_bytes = _others_bytes(device, held_bytes) if device.type == "cuda" else 0
 
     @contextmanager
     def at(self, budget_bytes: int) -> Iterator[None]:
@@ -160,11 +157,15 @@ def _only_fraction_of(device: torch.device) -> _Fraction:
 _finding = Lock()
 
 
-def _taken_bytes(device: torch.device) -> int:
-    """Of what torch has from the driver, that which it could not give back: tensors, and the gaps between them. The
-    rest of what is reserved is free for whoever asks next."""
+def _others_bytes(device: torch.device, held_bytes: int) -> int:
+    """What others in this process have of a card, where we have `held_bytes`: their tensors, and the gaps between
+    tensors, which torch could not give back. The rest of what is reserved is free for whoever asks next.
+
+    What plans reserve for libraries to work in is ours. Where there is no more than that, the gaps are ours, too.
+    """
     stats = torch.cuda.memory_stats(device)
-    return stats.get("active_bytes.all.current", 0) + stats.get("inactive_split_bytes.all.current", 0)
+    tensors_bytes = stats.get("active_bytes.all.current", 0) - held_bytes - WORKSPACE_BYTES
+    return tensors_bytes + stats.get("inactive_split_bytes.all.current", 0) if tensors_bytes > 0 else 0
 
 
 @contextmanager
@@ -188,11 +189,11 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """Inside, torch's default dtype is float32: the modelling library counts on that where it names none, for resampling
-    filters and for the lengths of masks.
+    """Inside, torch's default dtype is float32: the modelling library counts on that where it names none, in resampling
+    filters and in lengths of masks.
 
-    Where an application has chosen another one it is as it was on leaving. It is the whole process's, so that only one
-    thread at a time is inside, and should not stay.
+    Where an application has chosen another one, that is in force again afterwards. It is the whole process's: only one
+    thread at a time is inside, and should be so briefly.
     """
     with _defaulting:
         chosen = torch.get_default_dtype()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +37,12 @@ def omni(demo: Path) -> Iterator:
 
     with OmniRuntime.open(demo, device="cpu", dtype="float32") as runtime:
         yield runtime
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[Callable[[Any], None]]:
+    """Set as an application would, torch's default dtype is float32 again after the test."""
+    import torch
+
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)

@@ -68,6 +68,13 @@ def test_the_first_word_counts_and_no_later_one(account: Account, clock: Clock) 
     assert sum_of(account).timings["ttft"] == 1.5
 
 
+def test_the_first_sound_counts_and_speech_lasts_until_the_last(account: Account, clock: Clock) -> None:
+    for clock.now_s in (101.5, 104.0):
+        account.sound(sound_of(0.5))
+    timings = sum_of(account).timings
+    assert (timings["audio_ttfp"], timings["speech"]) == (1.5, 4.0)
+
+
 def test_pieces_of_sound_say_when_they_begin_and_the_last_is_empty(account: Account) -> None:
     account.sound(sound_of(0.5))
     account.sound(sound_of(0.25))

@@ -19,13 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowvram.attention import attend, explicit_attention
 from lowvram.demo import build_demo
-from lowvram.device import BFLOAT16_CAPABILITY, CONTEXT_BYTES, MemoryCap, exact_arithmetic, open_device
+from lowvram.device import BFLOAT16_CAPABILITY, MemoryCap, exact_arithmetic, open_device
 from lowvram.events import AudioChunk, Event, TextDelta
 from lowvram.graphs import CudaRecorder, _capture_stream
 from lowvram.kv_cache import TailedHeads
 from lowvram.offload.allocator import CachingAllocator
 from lowvram.offload.budget import MIB
-from lowvram.offload.plan import Placement, Plan
+from lowvram.offload.plan import CONTEXT_BYTES, WORKSPACE_BYTES, Placement, Plan
 from lowvram.offload.streams import CudaStreams
 from lowvram.quant.borrowed import BorrowedBackend
 from lowvram.quant.cuda import CudaBackend
@@ -258,7 +258,7 @@ def test_a_cap_lets_the_budget_be_used_beside_the_applications_tensors_and_no_mo
     allocate = partial(torch.empty, dtype=torch.uint8, device=device)
     held = [allocate(256 * MIB)]
     torch.cuda.empty_cache()
-    with MemoryCap(device, held_bytes=0).at(CONTEXT_BYTES + 128 * MIB):
+    with MemoryCap(device, held_bytes=0).at(CONTEXT_BYTES + WORKSPACE_BYTES + 128 * MIB):
         held.append(allocate(120 * MIB))
         with pytest.raises(torch.OutOfMemoryError):
             held.append(allocate(64 * MIB))

@@ -3,16 +3,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from operator import attrgetter
-from threading import Barrier, BrokenBarrierError, Thread
+from threading import Barrier, BrokenBarrierError, Event, Thread
 from typing import Any
 
 import pytest
 import torch
 
 from lowvram import device as device_module
-from lowvram.device import CONTEXT_BYTES, MemoryCap, choose_dtype, exact_arithmetic, open_device
+from lowvram.device import MemoryCap, choose_dtype, exact_arithmetic, float32_by_default, open_device
 from lowvram.errors import BackendError, OptionError
 from lowvram.offload.budget import GIB
+from lowvram.offload.plan import CONTEXT_BYTES, WORKSPACE_BYTES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -125,8 +126,14 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
 def test_others_tensors_come_on_top_of_the_budget_and_what_is_only_cached_does_not(card: Card):
     card.tensors_bytes, card.gaps_bytes = 5 * GIB, GIB
     with MemoryCap(CUDA, held_bytes=4 * GIB).at(8 * GIB):
-        assert card.allowed_bytes == 2 * GIB + 8 * GIB - CONTEXT_BYTES
+        assert card.allowed_bytes == 2 * GIB + 8 * GIB - CONTEXT_BYTES - WORKSPACE_BYTES
     assert card.fraction == 1.0
+
+
+def test_libraries_workspaces_and_gaps_between_a_runtimes_own_tensors_are_within_its_budget(card: Card):
+    card.tensors_bytes, card.gaps_bytes = 4 * GIB + WORKSPACE_BYTES, GIB
+    with MemoryCap(CUDA, held_bytes=4 * GIB).at(8 * GIB):
+        assert card.allowed_bytes == 8 * GIB - CONTEXT_BYTES
 
 
 @pytest.fixture
@@ -241,3 +248,31 @@ def test_on_a_cpu_no_switch_of_the_application_is_touched():
     before = torch.backends.cudnn.conv.fp32_precision
     with exact_arithmetic(CPU):
         assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+def test_float32_is_the_default_inside_and_the_applications_choice_before_and_after(default_dtype: Any):
+    default_dtype(torch.bfloat16)
+    with suppress(KeyError), float32_by_default():
+        assert torch.get_default_dtype() is torch.float32
+        raise KeyError
+    assert torch.get_default_dtype() is torch.bfloat16
+
+
+def test_no_thread_loses_float32_because_another_one_leaves(default_dtype: Any):
+    default_dtype(torch.bfloat16)
+    found: list[torch.dtype] = []
+    entered, left = Event(), Event()
+
+    def second() -> None:
+        with float32_by_default():
+            entered.set()
+            left.wait(10)
+            found.append(torch.get_default_dtype())
+
+    thread = Thread(target=second)
+    with float32_by_default():
+        thread.start()
+        entered.wait(0.2)
+    left.set()
+    thread.join()
+    assert found == [torch.float32] and torch.get_default_dtype() is torch.bfloat16

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,6 +201,15 @@ def test_keys_are_turned_by_a_matrix_that_keeps_every_score_and_spreads_every_ch
     torch.testing.assert_close(turn @ turn.mT, torch.eye(head_dim))
     power_of_two = head_dim & -head_dim
     torch.testing.assert_close(turn.abs().amax(), torch.tensor(power_of_two**-0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_turn_is_as_exact_whatever_an_applications_default_dtype_is(
+    default_dtype: Callable[[torch.dtype], None], dtype: torch.dtype
+):
+    expected = spreading_turn(128)
+    default_dtype(dtype)
+    assert torch.equal(spreading_turn(128), expected) and expected.dtype is torch.float32
 
 
 def test_one_loud_channel_does_not_silence_a_keys_others():

@@ -175,6 +175,22 @@ def test_what_is_left_is_asked_for_when_all_is_given_back_that_can_be():
     assert turn.shelf.diary[-4:] == ["trim", ("plan", 307), ("way", 307), ("enter", 307)]
 
 
+def test_captures_are_dropped_before_the_card_is_asked_what_is_left():
+    turn = Turn()
+    turn.room.before_moving(lambda: turn.shelf.diary.append("drop"))
+    turn.room.attempt(runs_out(3))
+    told = [told for told in turn.shelf.diary if told in ("drop", "trim")]
+    assert told.count("trim") == 3
+    assert all(told[i - 1] == "drop" for i, word in enumerate(told) if word == "trim")
+
+
+def test_the_reserve_comes_on_top_of_three_quarters():
+    turn = Turn()
+    turn.room.plan = replace(turn.room.plan, workspace_bytes=30, slack_bytes=10)
+    turn.room.attempt(runs_out(2))
+    assert turn.room.plan.budget_bytes == 790
+
+
 def test_when_nothing_is_left_to_give_up_it_is_a_budget_error():
     with pytest.raises(BudgetExceededError, match='phase "thinker" was planned to need 10 B') as refused:
         Turn().room.attempt(runs_out(5))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -127,6 +128,20 @@ def test_draws_are_those_of_torch_multinomial_with_the_same_seed(seed: int):
         logits = torch.randn(50) * 3
         weights = draw.distribution(logits)
         assert draw(logits) == int(torch.multinomial(weights, 1, generator=generator))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocab_size", "seed", "draws"), [(torch.float16, 152_064, 20, 1), (torch.bfloat16, 2, 0, 1100)], ids=str
+)
+def test_random_numbers_are_float32_whatever_an_applications_default_dtype_is(
+    default_dtype: Callable[[torch.dtype], None], dtype: torch.dtype, vocab_size: int, seed: int, draws: int
+):
+    """In float16 one of them would be 0, and the id's score infinite; in bfloat16 two of them would be equal."""
+    logits = torch.zeros(vocab_size)
+    draw, again = (sampler(SamplingParams(temperature=1.0), vocab_size, seed=seed) for _ in range(2))
+    expected = [draw(logits) for _ in range(draws)]
+    default_dtype(dtype)
+    assert [again(logits) for _ in range(draws)] == expected
 
 
 @pytest.mark.parametrize("params", [TALKER_SAMPLING, SamplingParams(repetition_penalty=1.1)], ids=["drawn", "greedy"])

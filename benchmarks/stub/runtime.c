@@ -1,7 +1,8 @@
 /* CUDA's runtime without a card: memory is address space that nobody can touch, kernels do nothing, copies to the card
  * are counted and dropped, and what is read from it is zero. Everything is done when it is issued. What CUDA refuses is
  * refused: memory beyond STUB_BYTES, launches that no card takes, copies between the wrong sides or over an end, and
- * whatever breaks a capture. stub.py builds it, and says what it is for. */
+ * what breaks a capture, but for work in a second stream that never joins the first. stub.py builds it, and says what
+ * it is for. */
 
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
@@ -259,6 +260,9 @@ cudaError_t cudaFree(void *memory) {
     count.used_bytes -= gone.n_bytes;
     pthread_mutex_unlock(&lock);
     return cudaSuccess;
+}
+cudaError_t cudaMallocAsync(void **made, size_t n_bytes, cudaStream_t stream) {
+    return refuse(cudaErrorNotSupported, "cudaMallocAsync: use torch's own allocator");
 }
 cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes) {
     *total_bytes = capacity();

@@ -35,7 +35,8 @@ __all__ = [
 ]
 
 CONTEXT_BYTES = 350 * MIB
-"""The CUDA context and its loaded kernels. This and the next two are estimates, not yet measured on a card."""
+"""The CUDA context and its loaded kernels, on an Ampere card: mostly taken when free memory is asked for. This and the
+next two are estimates, not yet measured on a card."""
 
 WORKSPACE_BYTES = 64 * MIB
 """What kernels work in and no trace sees: cuBLAS (8 MiB a stream, 32 on Hopper), cuDNN, attention's partial sums."""

@@ -85,7 +85,7 @@ def load_kernels(source: Source, device: torch.device) -> Launch:
 
     Raises ImportError without cuda.core, and what cuda.core raises when the card or its driver is too old or too new.
     """
-    from cuda.core import Device, LaunchConfig, launch
+    from cuda.core import Device, LaunchConfig, Stream, launch
     from cuda.core._utils.cuda_utils import CUDAError  # what cuda.core raises has no public name
 
     card = Device(device.index)
@@ -97,10 +97,13 @@ def load_kernels(source: Source, device: torch.device) -> Launch:
         except CUDAError:  # the driver cannot read it: what is kept may be damaged
             kernels = _kernels(source, source.compile(f"sm_{major}{minor}", anew=True))
 
+    stream_of = cache(Stream.from_handle)  # given torch's own, cuda.core warns at each launch; those never end
+
     def start(kernel: str, grid: tuple[int, int], threads: int, *arguments: int) -> None:
         with torch.cuda.device(device):
             card.set_current()  # a thread in which torch has not used the card yet has no context
-            launch(torch.cuda.current_stream(), LaunchConfig(grid=grid, block=threads), kernels[kernel], *arguments)
+            stream = stream_of(torch.cuda.current_stream().cuda_stream)
+            launch(stream, LaunchConfig(grid=grid, block=threads), kernels[kernel], *arguments)
 
     return start
 

@@ -57,6 +57,24 @@ def test_what_breaks_a_capture_is_refused(tmp_path: Path, step: str, reason: str
     assert broken.returncode == 1 and f"stub: refused, {reason}" in broken.stderr
 
 
+def test_after_a_broken_capture_torch_gives_memory_back_as_before(tmp_path: Path):
+    capture = (
+        "from lowvram.graphs import CudaRecorder\nx = torch.ones(8, device='cuda')\n"
+        "step = lambda: x.sum().item()\nassert CudaRecorder(torch.device('cuda:0')).capture(step) is step\n"
+        "large = torch.empty(2**26, device='cuda')\ndel large\ntorch.cuda.empty_cache()\n"
+        "assert torch.cuda.memory_reserved() < 2**26"
+    )
+    mended = stubbed(script(tmp_path, capture))
+    assert mended.returncode == 0 and "a wait for a captured stream" in mended.stderr, mended.stderr
+
+
+def test_kernels_of_ours_start_where_a_warning_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "error:Passing foreign stream objects:DeprecationWarning")
+    brief = ("--no-speech", "--max-tokens", "2", "--kernel", "int4-cuda")
+    turn = stubbed("-m", "lowvram", "run", "-p", "hello", "--model", "demo", "--vram", "2GiB", *brief)
+    assert turn.returncode == 0, turn.stderr
+
+
 def test_tensors_beyond_the_cards_memory_are_an_out_of_memory_error(tmp_path: Path):
     full = stubbed(script(tmp_path, "held = [torch.empty(2**30, dtype=torch.uint8, device='cuda') for _ in range(5)]"))
     assert full.returncode == 1 and "torch.OutOfMemoryError" in full.stderr

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 from lowvram.errors import BackendError
 from lowvram.quant import compiled, int8_cpu
 from lowvram.quant.compiled import CSource
-from lowvram.quant.int8_cpu import FEW_ROWS, SOURCE, Int8CpuBackend, load_kernel
+from lowvram.quant.int8_cpu import FEW_ROWS, SOURCE, Int8CpuBackend, load_kernel, self_test
+from lowvram.quant.trial import complaint
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3.5e-4, torch.bfloat16: 3e-3}
@@ -65,6 +67,14 @@ def test_products_are_as_close_to_exact_as_the_dtype_allows(
         product = backend.matmul(x, *stored, shape[2])
         assert product.dtype == dtype and product.shape == exact.shape
         assert (product.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_an_applications_default_dtype_makes_no_kernel_wrong(
+    backend: Int8CpuBackend, default_dtype: Callable[[torch.dtype], None], dtype: torch.dtype
+):
+    default_dtype(dtype)
+    assert complaint("it", self_test(backend._multiply)) == ""
 
 
 def test_a_row_has_the_same_bits_whatever_comes_with_it_and_on_any_number_of_threads(backend: Int8CpuBackend):

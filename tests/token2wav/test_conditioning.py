@@ -1,7 +1,9 @@
 """What is worked out once per utterance, and which weights each half of the work reads."""
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +77,17 @@ def test_a_conditioning_waits_on_the_host_and_no_weight_with_it() -> None:
     made = condition(block, some_speaker(), SpeechParams(steps=5))
     assert (block.uses, block.left_behind) == (1, 0)
     assert torch.equal(made.modulations, conditioning_of(small_dit(), TIMES).modulations)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_an_applications_default_dtype_cuts_no_frame_off_a_voice(
+    default_dtype: Callable[[torch.dtype], None], dtype: torch.dtype
+) -> None:
+    """In bfloat16 301 is 300."""
+    speaker = replace(some_speaker(), ref_mel=torch.randn(1, 301, 80, generator=torch.Generator().manual_seed(0)))
+    expected = conditioning_of(small_dit(), TIMES, speaker=speaker).speaker_vectors
+    default_dtype(dtype)
+    assert torch.equal(conditioning_of(small_dit(), TIMES, speaker=speaker).speaker_vectors, expected)
 
 
 def test_conditioning_that_ran_out_of_memory_is_tried_again() -> None:
