@@ -602,7 +602,7 @@ BAD_INPUT = {
     "plan too small": (("-p", "x", "--vram", "100KiB", "--plan"), 4, "smallest budget"),
     "prompt too long": (("-p", "x", "--max-prompt-tokens", "3"), 2, "3"),
     "end before start": (("video.bin", "--start", "5", "--end", "1"), 2, "start"),
-    "start after the end": (("video.bin", "--start", "99"), 5, "99 s and 2 s: it is 2.00 s long"),
+    "start after the end": (("video.bin", "--start", "99"), 5, "from 99 s on: it is 2.00 s long"),
     "start after the end of a sound": (("sound.bin", "--start", "99"), 5, "99 s and its end: it is 0.50 s long"),
     "start at infinity": (("video.bin", "--start", "inf"), 2, "--start is inf s"),
     "start that is no time": (("video.bin", "--start", "1:75"), 2, "--start is '1:75', but must be a time"),
