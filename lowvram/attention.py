@@ -8,11 +8,15 @@ through its public registry, under `NAME`.
 
 A past that is kept in 8 bits is read back slice by slice and merged in the same way. So is the tail of a captured step:
 its shape is the same at every position, so the few keys that are still to come are hidden by a bias, and only there.
+Windows of one length are a batch.
 
 Shapes: q [B, Hq, n, D]; k, v [B, Hkv, past + n, D] with Hq a multiple of Hkv; log-sum-exp [B, H, n].
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +62,21 @@ def attend(q: Tensor, k: Heads, v: Heads, *, causal: bool, scale: float | None =
     rows = _as_rows(q, k.shape[1])
     seen, lse_seen = _with_lse(rows, k[:, :, :past], v[:, :, :past], causal=False, scale=scale)
     return _merge(out, lse, seen.reshape(q.shape), lse_seen.reshape(lse.shape))
+
+
+def attend_in_windows(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, scale: float | None = None) -> Tensor:
+    """Attention of each position over its window; windows of these `lengths` lie one after another. B is 1."""
+    outs, start = [], 0
+    for length, equals in groupby(lengths):
+        count = len(list(equals))
+        q_run, k_run, v_run = (
+            heads[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+            for heads in (q, k, v)
+        )
+        outs.append(attend(q_run, k_run, v_run, causal=False, scale=scale).transpose(0, 1).flatten(1, 2))
+        start += count * length
+    assert start == q.shape[2], f"windows of {start} positions in all for {q.shape[2]}"
+    return (torch.cat(outs, 1) if len(outs) > 1 else outs[0]).unsqueeze(0)
 
 
 def _attend_in_slices(q: Tensor, k: Int8Heads, v: Int8Heads, *, causal: bool, scale: float | None) -> Tensor:
@@ -181,9 +200,17 @@ def _attention_interface(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    windows: Sequence[int] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """The modelling library's calling convention: heads second in, positions second out, no weights returned."""
+    """The modelling library's calling convention: heads second in, positions second out, no weights returned.
+
+    Its encoders' layers hand on what else they are called with: the lengths of `windows`, which they would take one by
+    one from their own argument.
+    """
     assert attention_mask is None, "this runtime never builds attention masks"
+    if windows is not None:
+        assert isinstance(key, Tensor) and isinstance(value, Tensor)
+        return attend_in_windows(query, key, value, windows, scale=scaling).transpose(1, 2), None
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     return attend(query, key, value, causal=causal, scale=scaling).transpose(1, 2), None

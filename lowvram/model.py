@@ -25,6 +25,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniToken2WavBigVGANModel,
     Qwen2_5OmniToken2WavDiTModel,
     Qwen2_5OmniVisionEncoder,
+    apply_rotary_pos_emb_vision,
 )
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
@@ -99,6 +100,11 @@ class Vision:
     patch_size: int
     full_attention_layers: frozenset[int]
     dtype: torch.dtype
+
+    def rotate(self, queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [n, heads, d], turned by where they are: cosines and sines [n, d]."""
+        turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb_vision(queries, keys, cosines, sines)
+        return turned
 
     def layout(self, grid: tuple[int, int, int]) -> VisionLayout:
         """The layout for `grid` (temporal, height, width) patches."""

@@ -284,11 +284,10 @@ class _Brisk(nn.Module):
 
     def forward(self, hidden: Tensor, **inputs: Any) -> Any:
         cache: KVCache | None = inputs.get("past_key_values")
-        bounds: Tensor | None = inputs.get("cu_seqlens")
         call = (
             self._place,
             hidden.shape,
-            None if bounds is None else tuple(bounds.tolist()),
+            inputs.get("windows"),
             None if cache is None else self._past(cache.get_seq_length(self._index), hidden.shape[1]),
         )
         if call not in self._seen:
@@ -299,6 +298,10 @@ class _Brisk(nn.Module):
             self._advance(cache, hidden)
         result = torch.empty_like(hidden)
         return (result,) if self._seen[call] is tuple else result
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A part of the layer, for a stage that walks it by parts: nothing is skipped then."""
+        return self.layer.get_submodule(target)
 
     def _past(self, held: int, n: int) -> str:
         return "whole" if held + n == self._prompt_tokens else "some" if held else "none"

@@ -156,10 +156,8 @@ def turn_of(
     turn = Turn(
         prompt_tokens=prompt_tokens,
         text_tokens=sampling.max_tokens,
-        visual_patches=max((height * width for _, height, width in grids), default=0),
-        visuals=sum(times for times, _, _ in grids),
-        audio_windows=audio_windows,
         grids=grids,
+        audio_windows=audio_windows,
         kv=kv,
     )
     return turn if speech is None else _spoken(turn, speech)

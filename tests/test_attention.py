@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from transformers import AttentionInterface
 
 from lowvram import attention
-from lowvram.attention import SLICE_POSITIONS, _with_lse, attend, explicit_attention
+from lowvram.attention import SLICE_POSITIONS, _with_lse, attend, attend_in_windows, explicit_attention
 from lowvram.kv_cache import Int8Heads, Int8KVCache, TailedHeads
 from lowvram.offload.meter import LiveBytes
 
@@ -205,6 +205,30 @@ def test_slices_are_gone_when_the_next_is_read_back():
 
     one_slice_bytes = 2 * 2 * SLICE_POSITIONS * 8 * 4  # keys and values of two heads
     assert peak_bytes(6 * SLICE_POSITIONS) == peak_bytes(3 * SLICE_POSITIONS) < 1.05 * one_slice_bytes
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5, 2, 5, 5, 2), (3,), (1, 2, 3), (4, 4)], ids=str)
+def test_windows_taken_together_are_each_attended_to_alone(lengths: tuple[int, ...]):
+    q, k, v = (torch.randn(1, 2, sum(lengths), 8, dtype=torch.float64) for _ in range(3))
+    alone = [
+        explicit_attention(*window, causal=False, scale=0.3)[0]
+        for window in zip(*(heads.split(lengths, 2) for heads in (q, k, v)), strict=True)
+    ]
+    assert torch.allclose(attend_in_windows(q, k, v, lengths, scale=0.3), torch.cat(alone, 2), rtol=0, atol=1e-14)
+
+
+def test_windows_of_one_length_are_one_batch(monkeypatch: pytest.MonkeyPatch):
+    batches: list[int] = []
+    attend_once = attention.attend
+
+    def counted(q: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        batches.append(len(q))
+        return attend_once(q, *others, **options)
+
+    monkeypatch.setattr(attention, "attend", counted)
+    q, k, v = (torch.randn(1, 2, 22, 8) for _ in range(3))
+    attend_in_windows(q, k, v, (5, 5, 5, 2, 5))
+    assert batches == [3, 1, 1]
 
 
 def test_the_library_finds_it_by_name():

@@ -136,7 +136,7 @@ def test_stand_ins_of_all_kinds_fill_a_turn():
     )
     assert [medium.kind for medium in counted.media] == ["video", "audio", "image", "image"]
     assert counted.turn.audio_windows == 1 + 5
-    assert counted.turn.visuals == 2 + 1 + 1
+    assert [times for times, _, _ in counted.turn.grids] == [2, 1, 1]
 
 
 def test_a_cut_of_real_media_does_not_shorten_stand_ins_and_silence_takes_their_sound(at_hand: Headers):

@@ -137,19 +137,24 @@ class VisionShape:
     patch_elements: int
     unpacked_weights: int = 0
 
-    def activation_bytes(self, patches: int, width_bytes: int) -> int:
-        """A run of patches through a layer, whichever is wider of two points, beside pixels, rotary table and indices.
+    def activation_bytes(self, patches: int, slice_patches: int, width_bytes: int) -> int:
+        """A run of patches in a layer, of which `slice_patches` are computed at once.
 
-        Rotating the keys, in float32: the layer's input, its norm, q, k, v (5h at w) and the float32 copies of q and
-        k, the rotated q, and three products on the way to the rotated k (6h at 4 bytes). In the MLP: the layer's
-        input, its sum with the attention, the norm (3h) and the three products of gate and up (3i). To either a slice
-        of a packed linear is added, whichever linear it is.
+        All the time: the run's rows (h), rotary table and indices, and, where a picture is more than a slice, its
+        queries, keys and values (3h). Beside them a slice, whichever is wider of two points. Rotating the keys, in
+        float32: its norm, q, k, v (4h at w) and the float32 copies of q and k, the rotated q, and three products on the
+        way to the rotated k (6h at 4 bytes). In the MLP: the sum with the attention, the norm (2h) and the three
+        products of gate and up (3i). Before the layers, the slice's pixels. To any of these a slice of a packed linear
+        is added, whichever linear it is.
         """
-        rotating = 5 * self.hidden * width_bytes + 6 * self.hidden * 4
-        mlp = (3 * self.hidden + 3 * self.intermediate) * width_bytes
-        beside = self.patch_elements * width_bytes + 2 * self.head_dim * 4 + 3 * 8
-        slice_bytes = unpacking_bytes(self.unpacked_weights, self.hidden, patches, width_bytes)
-        return patches * (max(rotating, mlp) + beside) + slice_bytes
+        rows = self.hidden * width_bytes * (4 if patches > slice_patches else 1)
+        standing_bytes = patches * (rows + 2 * self.head_dim * 4 + 3 * 8)
+        rotating = 4 * self.hidden * width_bytes + 6 * self.hidden * 4
+        mlp = (2 * self.hidden + 3 * self.intermediate) * width_bytes
+        computing = max(rotating, mlp, self.patch_elements * width_bytes)
+        at_once = min(patches, slice_patches)
+        slice_bytes = unpacking_bytes(self.unpacked_weights, self.hidden, at_once, width_bytes)
+        return standing_bytes + at_once * computing + slice_bytes
 
 
 @dataclass(frozen=True)

@@ -105,10 +105,9 @@ class _Work:
     def encoding_s(self) -> float:
         """Hearing and seeing: two operations per weight for each position."""
         turn, footprint = self.turn, self.footprint
-        patches = sum(times * height * width for times, height, width in turn.grids)
         positions = {
             "audio_tower": turn.audio_windows * footprint.audio.window_frames // 2,
-            "visual": patches or turn.visuals * turn.visual_patches,
+            "visual": sum(times * height * width for times, height, width in turn.grids),
         }
         weights = {stage: footprint.component_bytes(stage) / footprint.width_bytes for stage in positions}
         return sum(

@@ -52,11 +52,9 @@ Grid = tuple[int, int, int]
 class Turn:
     """The work of one turn, as far as memory cares.
 
-    `visual_patches` is the largest image or temporal patch (a pair of frames), in patches of 14 x 14 pixels before
-    merging; `visuals` how many images and temporal patches there are in all. `grids`, (times, height, width) of each
-    visual in such patches, says the same more exactly where it is known: how many are seen at once, and in how many
-    passes. `text_tokens` and `codes` are the most that may be written; 0 codes is a turn without speech. `kv` is how
-    the caches of thinker and talker store a number.
+    `grids` are (times, height, width) of each image and video, in patches of 14 x 14 pixels before merging; a video's
+    times are its temporal patches, pairs of frames. `text_tokens` and `codes` are the most that may be written; 0 codes
+    is a turn without speech. `kv` is how the caches of thinker and talker store a number.
 
     How speech is decoded (unless said otherwise: exactly, in chunks of 0.96 s, on ten Euler points): the codes of a
     chunk and those that a chunk is solved with and that will be solved again, the codes that sound waits for, and the
@@ -67,8 +65,7 @@ class Turn:
     prompt_tokens: int
     text_tokens: int
     codes: int = 0
-    visual_patches: int = 0
-    visuals: int = 0
+    grids: tuple[Grid, ...] = ()
     audio_windows: int = 0
     speech_chunk_codes: int = 48
     ode_evaluations: int = 9
@@ -78,15 +75,11 @@ class Turn:
     speech_dtype: SpeechDtype = "float32"
     voice_frames: int = 1000
     is_conditioned: bool = False
-    grids: tuple[Grid, ...] = ()
     kv: KVPrecision = "16bit"
 
     def __post_init__(self) -> None:
         assert self.prompt_tokens >= 1 and self.text_tokens >= 1 and self.codes >= 0, self
-        assert (self.visual_patches > 0) == (self.visuals > 0) and self.audio_windows >= 0, self
-        if self.grids:
-            assert self.visual_patches == max(h * w for _, h, w in self.grids), self
-            assert self.visuals == sum(times for times, _, _ in self.grids), self
+        assert all(min(grid) >= 1 for grid in self.grids) and self.audio_windows >= 0, self
 
     @property
     def decoding(self) -> Decoding:
@@ -101,7 +94,7 @@ class Turn:
         needed = {
             "conditioning": self.codes > 0 and not self.is_conditioned,
             "audio_tower": self.audio_windows > 0,
-            "visual": self.visuals > 0,
+            "visual": len(self.grids) > 0,
             "thinker": True,
             "talker": self.codes > 0,
             "token2wav": self.codes > 0,
@@ -110,14 +103,10 @@ class Turn:
 
     def patches_at_once(self, chunk_patches: int) -> int:
         """The most patches in one run of the vision tower: whole temporal patches of one visual, at least one."""
-        if not self.grids:
-            return min(max(chunk_patches, self.visual_patches), self.visuals * self.visual_patches)
         return max(min(_times_per_run(chunk_patches, grid), grid[0]) * grid[1] * grid[2] for grid in self.grids)
 
     def vision_runs(self, chunk_patches: int) -> int:
-        """How often the vision tower is walked; without `grids` as often as can be."""
-        if not self.grids:
-            return self.visuals
+        """How often the vision tower is walked."""
         return sum(-(-grid[0] // _times_per_run(chunk_patches, grid)) for grid in self.grids)
 
 
@@ -210,10 +199,8 @@ class Prices:
             case "audio_tower":
                 return _halvings(limits.audio_chunk_windows, 1, turn.audio_windows)
             case "visual":
-                smallest = max(turn.visual_patches, SMALLEST_VISION_PATCHES)
-                return _halvings(
-                    limits.vision_chunk_patches, smallest, turn.patches_at_once(limits.vision_chunk_patches)
-                )
+                at_most = turn.patches_at_once(limits.vision_chunk_patches)
+                return _halvings(limits.vision_chunk_patches, SMALLEST_VISION_PATCHES, at_most)
             case "thinker" | "talker":
                 return _halvings(limits.prefill_chunk_tokens, SMALLEST_PREFILL_TOKENS, turn.prompt_tokens)
             case "token2wav":
@@ -258,7 +245,7 @@ class Prices:
             case "audio_tower":
                 return footprint.audio.activation_bytes(min(chunk, turn.audio_windows), width_bytes)
             case "visual":
-                return footprint.visual.activation_bytes(turn.patches_at_once(chunk), width_bytes)
+                return footprint.visual.activation_bytes(turn.patches_at_once(chunk), chunk, width_bytes)
             case "thinker" | "talker":
                 shape = footprint.thinker if stage == "thinker" else footprint.talker
                 assert shape

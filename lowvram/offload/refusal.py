@@ -75,7 +75,7 @@ def _lesser_turns(turn: Turn) -> Iterator[tuple[str, Turn]]:
     if turn.codes:
         yield "--no-speech", replace(turn, codes=0)
     if turn.grids:
-        pixels = turn.visual_patches * PATCH_PIXELS // 2
+        pixels = max(h * w for _, h, w in turn.grids) * PATCH_PIXELS // 2
         yield f"--max-pixels {pixels}", _with_grids(turn, [(t, h, -(-w // 2)) for t, h, w in turn.grids])
     if any(times > 1 for times, _, _ in turn.grids):
         yield "half the --fps", _with_grids(turn, [(-(-t // 2), h, w) for t, h, w in turn.grids])
@@ -95,7 +95,5 @@ def _with_grids(turn: Turn, grids: list[tuple[int, int, int]]) -> Turn:
     return replace(
         turn,
         grids=tuple(grids),
-        visual_patches=max(h * w for _, h, w in grids),
-        visuals=sum(times for times, _, _ in grids),
         prompt_tokens=max(1, turn.prompt_tokens - before + after),
     )

@@ -114,12 +114,14 @@ def _choices(
 
 
 def _lesser_burden(prices: Prices, choice: Choice) -> tuple[int, ...]:
-    """What tells choices of equal burden apart: weights moved once, then phases, streamed stages, passes, the peak."""
+    """What tells choices of equal burden apart: weights moved once, then phases, streamed stages, passes, how much each
+    computes at once, and the peak."""
     ways = choice.ways.values()
     stays = sum(prices.footprint.device_bytes(component) for component in choice.residents)
     peaks = (shared_bytes(prices, [choice.ways[stage] for stage in run]) for run in choice.phases)
     streamed = sum(not way.is_whole for way in ways)
-    return -stays, len(choice.phases), streamed, sum(way.passes for way in ways), max(peaks)
+    chunks = (-way.chunk for way in ways)
+    return -stays, len(choice.phases), streamed, sum(way.passes for way in ways), *chunks, max(peaks)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class _Shelf:
         """The most bytes of whole components that fit everywhere: one that stays costs its bytes in every phase but
         its own, where it would be anyway."""
         streaming = (COMPONENTS[stage][0] for stage, way in ways.items() if not way.is_whole)
-        streamed = sum(1 << self.components.index(c) for c in streaming if c in self.components)
+        streamed = sum(1 << self.components.index(component) for component in streaming)
         phases = [(~sum(self.mask_of[stage] for stage in run), left_bytes) for run, left_bytes in rooms]
         stays = next(
             mask

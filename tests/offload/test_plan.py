@@ -36,10 +36,8 @@ turns = st.builds(
         prompt_tokens,
         text_tokens,
         codes,
-        max((height * width for _, height, width in grids), default=0),
-        sum(times for times, _, _ in grids),
+        tuple(grids),
         windows,
-        grids=tuple(grids),
         kv=kv,
     ),
     st.integers(1, 60_000),
@@ -172,7 +170,7 @@ def test_the_reserve_is_context_and_workspace_and_slack(seven_b: Footprint):
         (CHAT, ("thinker", "talker", "token2wav")),
         (replace(CHAT, codes=0), ("thinker",)),
         (replace(CHAT, codes=0, audio_windows=1), ("audio_tower", "thinker")),
-        (replace(CHAT, codes=0, visuals=1, visual_patches=256), ("visual", "thinker")),
+        (replace(CHAT, codes=0, grids=((1, 16, 16),)), ("visual", "thinker")),
     ],
 )
 def test_only_stages_that_the_turn_needs_are_planned(seven_b: Footprint, turn: Turn, stages: tuple[str, ...]):
@@ -326,11 +324,16 @@ def test_encoders_take_smaller_chunks_where_memory_is_short(seven_b: Footprint):
 
 def test_a_picture_larger_than_a_vision_chunk_is_still_seen_whole(seven_b: Footprint):
     chunk = LIMITS.vision_chunk_patches
-    look = replace(CHAT, codes=0, visuals=1, visual_patches=chunk)
     for patches in (chunk, 4 * chunk):
-        (phase,) = planned(seven_b, 24, replace(look, visual_patches=patches)).phases
-        seen_bytes = seven_b.visual.activation_bytes(patches, 2)
+        (phase,) = planned(seven_b, 24, replace(CHAT, codes=0, grids=((1, 64, patches // 64),))).phases
+        seen_bytes = seven_b.visual.activation_bytes(patches, chunk, 2)
         assert phase.activation_bytes == seen_bytes + seven_b.thinker.state_bytes(2)
+
+
+def test_a_photograph_of_twelve_megapixels_is_seen_in_less_than_its_encoder_takes_whole(seven_b: Footprint):
+    """16,384 tokens; were all of it computed at once, 2.8 GiB of activations would bind."""
+    photograph = replace(CHAT, prompt_tokens=16_400, codes=0, grids=((1, 256, 256),))
+    assert smallest_budget_bytes(seven_b, LIMITS, photograph) < 3 * GIB
 
 
 # Residents
@@ -348,7 +351,7 @@ def test_speech_that_starts_earlier_is_worth_moving_a_gigabyte(seven_b: Footprin
 
 def test_an_encoder_read_once_gives_way_to_a_thinker_that_stays(seven_b: Footprint):
     """One picture crosses the vision tower once either way; through slots it leaves the thinker where it is."""
-    look = replace(CHAT, codes=0, visuals=1, visual_patches=1024)
+    look = replace(CHAT, codes=0, grids=((1, 32, 32),))
     plan = planned(seven_b, 5.5, look)
     assert plan.placements["visual"] == {"see+think": Placement.STREAMED}
     assert plan.traffic_bytes == seven_b.component_bytes("visual")

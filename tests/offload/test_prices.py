@@ -39,14 +39,8 @@ def test_a_run_of_frames_is_charged_in_whole_temporal_patches():
 
 def test_a_chunk_larger_than_the_largest_visual_is_charged_as_that():
     assert clip(3, grid=(16, 32)).patches_at_once(4096) == 3 * 512
-    two = Turn(100, 1, visual_patches=512, visuals=4, grids=((3, 16, 16), (1, 16, 32)))
+    two = Turn(100, 1, grids=((3, 16, 16), (1, 16, 32)))
     assert two.patches_at_once(4096) == 3 * 256
-
-
-def test_without_grids_a_run_is_charged_in_full_and_counted_apart():
-    turn = Turn(100, 1, visual_patches=512, visuals=10)
-    assert (turn.patches_at_once(4000), turn.vision_runs(4000)) == (4000, 10)
-    assert turn.patches_at_once(10_000) == 10 * 512
 
 
 def test_frames_seen_together_are_one_pass():
@@ -65,8 +59,8 @@ def test_chunks_larger_than_the_work_are_not_told_apart(seven_b: Footprint):
     assert prices.chunks("thinker") == (1024, 256, 128)
 
 
-def test_a_vision_chunk_is_never_smaller_than_a_temporal_patch(seven_b: Footprint):
-    assert Prices(seven_b, Limits(), MINUTE).chunks("visual") == (4096,)
+def test_a_vision_chunk_may_be_less_than_a_temporal_patch(seven_b: Footprint):
+    assert Prices(seven_b, Limits(), MINUTE).chunks("visual") == (4096, 2048, 1024, 512)
 
 
 def test_a_chunk_computes_with_no_more_than_there_is_and_what_is_longer_takes_no_more_than_a_chunk(seven_b: Footprint):
@@ -85,7 +79,7 @@ def test_a_silent_turn_only_thinks_and_a_single_code_takes_all_that_speaking_tak
 
 
 def test_what_is_read_once_is_held_whole_or_as_little_as_can_be(seven_b: Footprint):
-    look = Turn(100, 1, visual_patches=256, visuals=1)
+    look = Turn(100, 1, grids=((1, 16, 16),))
     assert len(Prices(seven_b, Limits(), look).ways("visual", 1024)) == 2
 
 

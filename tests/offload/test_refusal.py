@@ -61,7 +61,7 @@ def test_a_refusal_tells_a_small_budget_as_it_was_given(seven_b: Footprint):
     [
         ("--kv int8", replace(MINUTE, kv="int8")),
         ("--max-pixels 301056", clip(60, grid=(48, 32))),
-        ("half the --fps", replace(MINUTE, prompt_tokens=47_640 - 30 * 768, visuals=30, grids=((30, 48, 64),))),
+        ("half the --fps", replace(MINUTE, prompt_tokens=47_640 - 30 * 768, grids=((30, 48, 64),))),
         ("--max-tokens 512", replace(MINUTE, text_tokens=512)),
     ],
 )
@@ -70,8 +70,9 @@ def test_what_giving_something_up_saves_is_what_the_lesser_turn_needs_less(seven
     assert savings(refused(seven_b, 4))[what] == pytest.approx((before - after) / MIB, abs=1)
 
 
-def test_a_pixel_bound_in_a_refusal_halves_a_frame(seven_b: Footprint):
-    assert "--max-pixels 301056" in savings(refused(seven_b, 4))
+def test_a_pixel_bound_in_a_refusal_halves_the_largest_frame(seven_b: Footprint):
+    beside_a_thumbnail = replace(MINUTE, grids=((1, 4, 4), *MINUTE.grids))
+    assert "--max-pixels 301056" in savings(refused(seven_b, 4, beside_a_thumbnail))
     assert 2 * 301_056 == 48 * 64 * 14 * 14
 
 
@@ -98,7 +99,7 @@ def test_at_most_four_things_are_proposed_and_all_of_them_save(seven_b: Footprin
         assert len(found) <= 4 and all(n > 0 for n in found.values())
 
 
-def test_pictures_of_unknown_size_are_not_proposed_to_shrink(seven_b: Footprint):
+def test_pictures_are_proposed_to_shrink_only_where_there_are_any(seven_b: Footprint):
     assert "pixels" not in refused(seven_b, 4, replace(MINUTE, grids=())).hint
 
 

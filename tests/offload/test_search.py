@@ -86,11 +86,9 @@ turns = st.builds(
         prompt,
         text,
         codes,
-        256 * bool(times),
-        times,
+        ((times, 16, 16),) if times else (),
         windows,
         ode_evaluations=1,
-        grids=((times, 16, 16),) if times else (),
         kv=kv,
         is_conditioned=is_conditioned,
     ),
@@ -188,8 +186,9 @@ class Everything:
                 heard = checkpoint.audio.activation_bytes(min(chunk, turn.audio_windows), 2)
                 return -(-turn.audio_windows // chunk), heard, 0
             case "visual":
-                seen = checkpoint.visual.activation_bytes(min(chunk, 256 * turn.visuals), 2)
-                return -(-turn.visuals // (chunk // 256)), seen, 0
+                ((times, *_),) = turn.grids
+                seen = checkpoint.visual.activation_bytes(min(chunk, 256 * times), chunk, 2)
+                return -(-times // (chunk // 256)), seen, 0
             case "token2wav":
                 return turn.codes // 48 + 2, checkpoint.sound.activation_bytes(turn.decoding), 0
         steps, framing = (turn.text_tokens, 0) if stage == "thinker" else (turn.codes, 2)

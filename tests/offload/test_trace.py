@@ -91,6 +91,9 @@ def written(seconds: int, **options: Any) -> Turn:
     return clip(seconds, codes=0, **options)
 
 
+PHOTOGRAPH = Turn(16_400, 256, grids=((1, 250, 260),), is_conditioned=True)
+"""More patches than are computed at once."""
+
 SMALL = spoken(5, grid=(8, 12), codes=64, text_tokens=8)
 
 
@@ -114,15 +117,19 @@ def ratios(profile: MemoryProfile) -> dict[str, float]:
         (written(15), "3GiB"),
         (written(15), "6GiB"),
         (written(15, kv="int8"), "6GiB"),
+        (written(60), "8GiB"),
         (spoken(15), "12GiB"),
         (spoken(60), "8GiB"),
+        (PHOTOGRAPH, "3GiB"),
     ],
     ids=[
         "15 s in 3 GiB, streamed",
         "15 s in 6 GiB",
         "15 s with int8 caches in 6 GiB",
+        "60 s in 8 GiB",
         "15 s with speech in 12 GiB",
         "60 s with speech in 8 GiB",
+        "a photograph of 12 megapixels in 3 GiB",
     ],
 )
 def test_a_plan_is_never_below_what_the_code_holds_and_at_most_15_percent_above(
@@ -163,6 +170,19 @@ def test_a_streamed_thinker_that_reads_little_at_once_computes_with_no_more_than
     assert traced_bytes <= think.activation_bytes <= 1.15 * traced_bytes
 
 
+@pytest.mark.parametrize("chunk_patches", [4096, 1024])
+@pytest.mark.parametrize("turn", [PHOTOGRAPH, written(3, audio_windows=0)], ids=["a photograph", "3 s of video"])
+def test_seeing_computes_with_what_is_planned(seven_b_awq: Traceable, turn: Turn, chunk_patches: int):
+    """Of pictures that are less than a chunk, and more."""
+    careful = replace(seven_b_awq, limits=Limits(vision_chunk_patches=chunk_patches))
+    see, ledger = careful.plan(turn, "4GiB").phases[0], LiveBytes("meta", explain=True)
+    careful.trace(turn, "4GiB", ledger=ledger)
+    held = [held for held in ledger.largest("see") if held.dtype != "uint8"]  # which runs of weights are
+    traced_bytes = sum(tensor.n_bytes for tensor in held)
+    assert see.stages == ("visual",)
+    assert traced_bytes <= see.activation_bytes <= 1.05 * traced_bytes
+
+
 def test_a_longer_clip_holds_more_by_its_kv_cache_alone(tiny: Traceable):
     turns = written(30, grid=(8, 12)), written(60, grid=(8, 12))
     kv_bytes = [tiny.plan(turn, None).phases[0].kv_bytes for turn in turns]
@@ -172,8 +192,14 @@ def test_a_longer_clip_holds_more_by_its_kv_cache_alone(tiny: Traceable):
 
 @pytest.mark.parametrize(
     ("turn", "vram"),
-    [(spoken(15), "3GiB"), (spoken(15), "10GiB"), (spoken(60), "8GiB"), (spoken(60), "12GiB")],
-    ids=["15 s in 3 GiB", "15 s in 10 GiB", "60 s in 8 GiB", "60 s in 12 GiB"],
+    [
+        (spoken(15), "3GiB"),
+        (spoken(15), "10GiB"),
+        (spoken(60), "8GiB"),
+        (spoken(60), "12GiB"),
+        (PHOTOGRAPH, "4.5GiB"),
+    ],
+    ids=["15 s in 3 GiB", "15 s in 10 GiB", "60 s in 8 GiB", "60 s in 12 GiB", "a photograph in 4.5 GiB"],
 )
 def test_a_card_of_what_is_planned_does_not_run_out_by_how_its_allocator_keeps_memory(
     seven_b_awq: Traceable, turn: Turn, vram: str

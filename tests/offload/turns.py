@@ -21,8 +21,6 @@ def clip(seconds: int, *, grid: tuple[int, int] = FRAME_GRID, **options: Any) ->
         **{
             "text_tokens": 1024,
             "codes": 4096,
-            "visual_patches": patches,
-            "visuals": seconds,
             "audio_windows": -(-seconds // 2),
             "grids": ((seconds, *grid),),
             "is_conditioned": True,
