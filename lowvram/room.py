@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeVar
@@ -191,13 +190,15 @@ class Room:
             self._control.set_budget(budget)
 
     def load(self) -> Iterator[tuple[int, int]]:
-        """Bring the phase's weights, yielding (bytes so far, bytes in all)."""
+        """Bring the phase's weights, yielding (bytes so far, bytes in all).
+
+        Ends early where the device was given away meanwhile: else who takes it at each block would wait for ever for
+        the last. The next step brings the rest.
+        """
         self._is_loading, self._was_away = True, False
         try:
             while (progress := self._with_relief(self._load_next)) is not None:
                 yield progress
-                if self._was_away:
-                    return  # whoever takes the device again now does so between steps, which bring what they need
         finally:
             self._is_loading = False
 
@@ -260,7 +261,6 @@ class Room:
     def leave(self) -> None:
         """The turn is over: only residents stay, or nothing if the device was asked back."""
         self._drop_captures()
-        self._captures.clear()
         with self._here():  # whoever closes an answer may do so in another stream than its last step's
             self._residency.leave()
             if self._control.released:
@@ -320,13 +320,9 @@ class Room:
         self._is_settled = True
 
     def _load_next(self) -> tuple[int, int] | None:
-        """One block more; or, where the device was given away while weights came, all of them at once: else who takes
-        it at each of them would wait for ever for the last."""
+        """One block more, if there is one and the device was not given away meanwhile."""
         self._heed()
-        if not self._was_away:
-            return next(self._loading, None)
-        rest = deque(self._loading, maxlen=1)
-        return rest.pop() if rest else None
+        return None if self._was_away else next(self._loading, None)
 
     def _with_relief(self, step: Callable[[], T], undo: Callable[[], object] = lambda: None) -> T:
         """Climb down: try again, then twice with three quarters of the phase's peak, or what others have left of that,

@@ -21,6 +21,7 @@ from lowvram.errors import OptionError
 from lowvram.events import Event, Finished, Progress, TextDelta
 from lowvram.flow import AudioInput, ModelInputs
 from lowvram.kv_cache import KVCache
+from lowvram.model import Decoder
 from lowvram.offload.budget import GIB, MIB
 from lowvram.offload.residency import Residency
 from lowvram.options import Limits, SpeechParams
@@ -177,18 +178,20 @@ def test_what_a_cancelled_turn_has_read_is_known(omni: OmniRuntime, remembering:
     assert said(found) == said(answer(omni, MESSAGES))
 
 
+@pytest.mark.parametrize(("owner", "step"), [(Decoder, "new_cache"), (Reading, "recall")])
 def test_a_turn_that_is_cancelled_before_it_reads_on_forgets_nothing(
-    remembering: OmniRuntime, monkeypatch: pytest.MonkeyPatch
+    remembering: OmniRuntime, monkeypatch: pytest.MonkeyPatch, owner: type, step: str
 ):
     first = answer(remembering, MESSAGES)
-    recall = Reading.recall
+    take = getattr(owner, step)
 
-    def cancelled(reading: Reading, *where: Any) -> None:
-        recall(reading, *where)
+    def take_and_cancel(*args: Any) -> Any:
+        taken = take(*args)
         remembering.cancel()
+        return taken
 
     with monkeypatch.context() as patch:
-        patch.setattr(Reading, "recall", cancelled)
+        patch.setattr(owner, step, take_and_cancel)
         assert answer(remembering, MESSAGES).finish_reason == "cancelled"
     assert answer(remembering, MESSAGES).recalled_tokens == first.prompt_tokens - 1
 
