@@ -5,4 +5,5 @@
 #   benchmarks/gpu.sh [--weights CHECKPOINT] [--only SECTION ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+python benchmarks/wheels.py
 exec python benchmarks/gpu.py -o "benchmarks/results/gpu.json" "$@"

@@ -84,6 +84,9 @@ PUBLISHED_GIB = {
 }
 """Peaks by seconds of video, as published for the reference in "GB"; that GiB are meant shows reference_memory.py."""
 
+COMPARED_WITH = {"7b-awq": ("7b-awq", "7b"), "7b": ("7b",), "3b": ("3b",)}
+"""Whose figures stand beside a model's own: of the 4-bit one, those in 16 bits, too."""
+
 
 def measure(clip: Path, *, model: str, vram: str | None, device: str, max_tokens: int, max_codes: int) -> ProfileFile:
     """Answer once about `clip` in text and speech (greedy text, seed 0)."""
@@ -350,10 +353,11 @@ def _kept_rows(path: Path | None, card: Mapping[str, Any]) -> list[dict[str, Any
 
 
 def _published_lines(chosen: argparse.Namespace) -> Iterator[str]:
-    published = PUBLISHED_GIB.get(chosen.trace, {})
-    figures = ", ".join(f"{gib} GiB at {clip_s} s" for clip_s, gib in published.items() if clip_s in chosen.seconds)
-    if figures:
-        yield f"Published for the reference: {figures}."
+    for model in COMPARED_WITH.get(chosen.trace, ()):
+        published = PUBLISHED_GIB[model]
+        figures = ", ".join(f"{gib} GiB at {clip_s} s" for clip_s, gib in published.items() if clip_s in chosen.seconds)
+        if figures:
+            yield f"Published for the reference, {model}: {figures}."
 
 
 if __name__ == "__main__":

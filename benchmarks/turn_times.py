@@ -67,7 +67,7 @@ def measure_turns(
     written = _answer(omni, messages, sampling, None)
     spoken = [(params, _answer(omni, messages, sampling, params)) for params in ways]
     first = spoken[0][1]
-    bandwidth, footprint = _bytes_per_s(omni), omni._footprint
+    bandwidth, footprint = bytes_per_s(omni), omni._footprint
     token_bytes = footprint.component_bytes("thinker") + footprint.component_bytes("lm_head")
     rates = Rates(
         (len(written.text_ids) - 1) / (written.timings["text"] - written.timings["ttft"]),
@@ -148,7 +148,7 @@ def _turn(params: SpeechParams, finished: Finished) -> Turn:
     )
 
 
-def _bytes_per_s(omni: OmniRuntime) -> float:
+def bytes_per_s(omni: OmniRuntime) -> float:
     """Measured while the runtime gives its device away: residents may have left no room for what is read."""
     device = omni.device.torch
     omni.release()

@@ -61,7 +61,8 @@ class TensorHeader:
 @dataclass(frozen=True)
 class TensorEntry:
     """Where a tensor lies: `n_bytes` from `offset` (counted from the start of the file) of `path`, row-major.
-    `file_bytes` is how long the file was when its header was read, where that is known."""
+    `file_bytes` is how long the file was when its header was read, and `written_ns` when it had last been written to,
+    where that is known."""
 
     name: str
     path: Path
@@ -70,6 +71,7 @@ class TensorEntry:
     offset: int
     n_bytes: int
     file_bytes: int | None = None
+    written_ns: int | None = None
 
 
 def find_tensor(tensors: Mapping[str, TensorEntry], name: str) -> TensorEntry:
@@ -260,7 +262,8 @@ def read_header(path: Path) -> list[TensorEntry]:
     """
     try:
         with open(path, "rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
+            stat = os.fstat(file.fileno())
+            file_bytes = stat.st_size
             header_bytes = int.from_bytes(file.read(8), "little")
             if file_bytes < 8 or header_bytes > MAX_HEADER_BYTES:
                 raise damaged(path, f"does not begin with a safetensors header ({file_bytes:,} bytes in all)")
@@ -276,7 +279,7 @@ def read_header(path: Path) -> list[TensorEntry]:
     data_start = 8 + header_bytes
     entries = sorted((_entry(name, fields, path, data_start) for name, fields in header.items()), key=_position)
     _check_layout(entries, path, data_start, file_bytes)
-    return [replace(entry, file_bytes=file_bytes) for entry in entries]
+    return [replace(entry, file_bytes=file_bytes, written_ns=stat.st_mtime_ns) for entry in entries]
 
 
 def _position(entry: TensorEntry) -> tuple[int, int]:
@@ -363,6 +366,20 @@ def damaged(path: Path, fault: str, tensor: str = "") -> CheckpointError:
     )
 
 
+def _require_as_it_was(entry: TensorEntry, stat: os.stat_result) -> None:
+    """Weights of two models in one answer would be nobody's."""
+    if entry.file_bytes not in (None, stat.st_size):
+        fault = f"was replaced: it has {stat.st_size:,} bytes, and had {entry.file_bytes:,} when its header was read"
+        raise damaged(entry.path, fault, entry.name)
+    if entry.written_ns not in (None, stat.st_mtime_ns):
+        raise CheckpointError(
+            f"{entry.path.name} was written to after its header had been read",
+            path=str(entry.path),
+            tensor=entry.name,
+            hint="open the model again once its files stay as they are",
+        )
+
+
 class TensorReader:
     """Reads stored tensors by position, from any number of threads; files stay open until `close`.
 
@@ -391,21 +408,20 @@ class TensorReader:
     def read_into(self, entry: TensorEntry, buffer: memoryview, start: int = 0) -> None:
         """Fill writable `buffer` with the tensor's bytes from byte `start` on.
 
-        Raises CheckpointError when the file has become shorter than its header says, or cannot be read.
+        Raises CheckpointError when the file has become shorter than its header says, is not as it was then, or cannot
+        be read.
         """
         view = buffer.cast("B")
         assert 0 <= start <= start + len(view) <= entry.n_bytes, (start, len(view), entry)
         try:
             file = self._file(entry.path)
             missing_bytes = self._fill(file, view, entry.offset + start)
-            file_bytes = os.fstat(file.fileno()).st_size
+            stat = os.fstat(file.fileno())
         except OSError as error:
             raise damaged(entry.path, f"cannot be read at {entry.name}: {error.strerror}", entry.name) from error
         if missing_bytes:
             raise damaged(entry.path, f"is truncated: {missing_bytes:,} bytes of {entry.name} are missing", entry.name)
-        if entry.file_bytes not in (None, file_bytes):
-            fault = f"was replaced: it has {file_bytes:,} bytes, and had {entry.file_bytes:,} when its header was read"
-            raise damaged(entry.path, fault, entry.name)
+        _require_as_it_was(entry, stat)
 
     def rows(self, entry: TensorEntry) -> np.memmap:
         """A table [N, H] of floats as a copy-on-write view of its file: only rows that are looked up are read.

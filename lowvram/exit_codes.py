@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from .errors import LowVRAMError
+from .errors import BudgetExceededError, LowVRAMError
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -18,7 +18,8 @@ BROKEN_PIPE = 141
 
 @contextmanager
 def exit_codes(verbose: bool = False) -> Iterator[None]:
-    """End the program as its errors say: one sentence on stderr, and where it came from if that is asked for."""
+    """End the program as its errors say: one sentence on stderr, and where it came from if that is asked for. Before
+    that of a device that ran out: what each phase held."""
     try:
         yield
     except LowVRAMError as error:
@@ -46,6 +47,8 @@ def _print_error(error: LowVRAMError, verbose: bool) -> None:
     with suppress(OSError):  # a log that takes no more: the exit code still says it
         if verbose:
             traceback.print_exc()
+        if isinstance(error, BudgetExceededError) and error.profile is not None:
+            print(error.profile, file=sys.stderr)
         print(f"error: {error}", file=sys.stderr)
 
 

@@ -198,13 +198,16 @@ class Turn:
                 available_bytes=plan.budget_bytes,
                 hint="the plan was wrong: please report it with this profile, and name a smaller budget for now",
             )
-        meter = self.machine.meter
-        more_bytes = meter.peaks.get(phase.name, 0) - phase.peak_bytes - plan.workspace_bytes - plan.slack_bytes
+        meter, reserve_bytes = self.machine.meter, plan.workspace_bytes + plan.slack_bytes
+        more_bytes = meter.peaks.get(phase.name, 0) - phase.peak_bytes
         if meter.kind == DEVICE_ALLOCATOR and more_bytes > 0:
-            log.warning(
-                'phase "%s" held %s more than planned, or others in this process did',
+            log.log(
+                logging.WARNING if more_bytes > reserve_bytes else logging.INFO,
+                'phase "%s" held %s more than planned, or others in this process did; %s are kept for rounding and'
+                " workspaces",
                 phase.name,
                 format_bytes(more_bytes),
+                format_bytes(reserve_bytes),
             )
 
     def _profile(self) -> MemoryProfile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from pathlib import Path
 
@@ -379,6 +380,18 @@ def test_a_file_replaced_by_a_longer_one_is_noticed(tmp_path):
     path.write_bytes(path.read_bytes() + b"more")
     with TensorReader() as reader, pytest.raises(CheckpointError, match="was replaced: it has"):
         reader.read_into(entry, memoryview(bytearray(100)))
+
+
+def test_a_file_written_anew_in_its_old_length_is_noticed(tmp_path):
+    """As by a training script that saves its model where an application has it open."""
+    path = write_shard(tmp_path / "x.safetensors", {"a": ("F32", [25])})
+    (entry,) = read_header(path)
+    with TensorReader() as reader:
+        reader.read_into(entry, memoryview(bytearray(100)))
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(0, (entry.written_ns or 0) + 1))  # file systems may take some ms for the same moment
+        with pytest.raises(CheckpointError, match=r"x\.safetensors was written to after its header"):
+            reader.read_into(entry, memoryview(bytearray(100)))
 
 
 def test_a_folder_has_no_revisions(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import torch
 
 from lowvram.events import AudioChunk, Event, Finished, Progress, TextDelta
 from lowvram.flow import ModelInputs
-from lowvram.offload.budget import Budget
+from lowvram.offload.budget import MIB, Budget
+from lowvram.offload.meter import NoMeter
 from lowvram.offload.plan import Phase, Placement, Plan
+from lowvram.offload.profile import DEVICE_ALLOCATOR
 from lowvram.options import TALKER_SAMPLING, MediaParams, SamplingParams, SpeechParams
 from lowvram.recall import Reading
 from lowvram.room import Control
@@ -125,6 +129,27 @@ CUTS = {
 }
 
 
+class Rounding(NoMeter):
+    """Stands for the count of a card that finds 60 MiB in each phase."""
+
+    kind = DEVICE_ALLOCATOR
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.peaks[name] = 60 * MIB
+        yield
+
+
+@pytest.mark.parametrize(("slack_mib", "level"), [(64, "INFO"), (40, "WARNING")])
+def test_what_a_phase_took_of_the_slack_is_logged_and_what_is_beyond_it_is_warned_of(
+    omni: OmniRuntime, slack_mib: int, level: str, caplog: pytest.LogCaptureFixture
+):
+    omni._machine = replace(omni._machine, meter=Rounding())
+    with caplog.at_level(logging.INFO, "lowvram.turn"):
+        list(run(omni, replace(plan_of([STAGES]), slack_bytes=slack_mib * MIB)))
+    assert {record.levelname for record in caplog.records if "held 60.0 MiB more" in record.message} == {level}
+
+
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_cutting_the_pipe_changes_nothing(omni: OmniRuntime, whole: Any, cuts: Sequence[Sequence[str]]):
     assert_same_answer(answer(run(omni, plan_of(cuts))), whole)
@@ -168,6 +193,13 @@ def test_encoder_chunks_change_nothing(omni: OmniRuntime, whole: Any):
     assert (said.text_ids, said.codec_ids) == (whole[0].text_ids, whole[0].codec_ids)
 
 
+def test_what_is_told_of_each_part_of_the_way_ends_with_all_of_it(omni: OmniRuntime):
+    events = run(omni, plan_of([STAGES], prefill_chunk_tokens=7, vision_chunk_patches=1, audio_chunk_windows=1))
+    last = {event.stage: (event.done, event.total) for event in events if isinstance(event, Progress)}
+    assert last.keys() == {"load", "condition", "hear", "see", "prefill"}
+    assert all(done == total for done, total in last.values())
+
+
 def test_text_is_shown_as_it_is_written_also_when_the_pipe_ends_in_sound(omni: OmniRuntime):
     """The first word is out before the talker has spoken a second code."""
     with omni.preprocessor.open(MESSAGES, MEDIA) as prompt:
@@ -176,6 +208,12 @@ def test_text_is_shown_as_it_is_written_also_when_the_pipe_ends_in_sound(omni: O
         next(event for event in events if isinstance(event, TextDelta))
         assert len(turn.account.codec_ids) <= 1
         events.close()
+
+
+def test_a_character_that_the_answer_leaves_unfinished_is_shown_in_the_end(omni: OmniRuntime):
+    omni._machine = replace(omni._machine, detokenize=lambda ids: "\ufffd" * len(ids))
+    said, _ = answer(run(omni, plan_of([STAGES])))
+    assert said.text == "\ufffd" * len(said.text_ids) != ""
 
 
 def test_sound_of_one_phase_begins_before_its_text_ends(omni: OmniRuntime):
@@ -199,6 +237,11 @@ def test_sound_is_480_samples_a_code_and_ends_with_a_last_chunk(omni: OmniRuntim
     chunks = [event for event in events if isinstance(event, AudioChunk)]
     assert sum(len(chunk.samples) for chunk in chunks) == 480 * len(events[-1].codec_ids)
     assert [chunk.is_last for chunk in chunks].index(True) == len(chunks) - 1
+
+
+def test_no_chunk_is_empty_but_the_last(omni: OmniRuntime):
+    chunks = [event for event in run(omni, plan_of([STAGES])) if isinstance(event, AudioChunk)]
+    assert [len(chunk.samples) == 0 for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
 
 
 def test_chunks_say_where_in_the_speech_they_begin(omni: OmniRuntime):

@@ -6,6 +6,7 @@ Nothing is decided here. `search` makes plans, `residency` carries them out, and
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -167,8 +168,9 @@ class Plan:
             f" {self.prefill_chunk_tokens} tokens; KV cache in {'int8' if self.kv == 'int8' else 'the compute dtype'}"
         )
         limit = "no limit" if self.ram_bytes is None else f"of {_gib(self.ram_bytes)} GiB"
-        kept = f", {len(self.host_tiers)} blocks of weights kept there" if self.host_tiers else ""
-        yield f"host {_gib(self.host_bytes)} GiB {limit}{kept}"
+        tiers = Counter(self.host_tiers.values())
+        kept = " and ".join(f"{tiers[tier]} {tier}" for tier in HostTier if tiers[tier])
+        yield f"host {_gib(self.host_bytes)} GiB {limit}{f', blocks of weights there: {kept}' if kept else ''}"
 
 
 def _phase_from_json(fields: Mapping[str, Any]) -> Phase:

@@ -7,15 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
+from test_plan import budgets, properties
+from test_plan import turns as any_turns
 from turns import MINUTE
 
-from lowvram.errors import OptionError
+from lowvram.errors import InfeasibleBudgetError, OptionError
 from lowvram.offload.budget import GIB, MIB, Budget
 from lowvram.offload.footprint import Footprint
 from lowvram.offload.placement import TABLE_COLUMNS, HostTier, Phase, Placement, Plan, evenly_spaced
-from lowvram.offload.plan import plan_memory
+from lowvram.offload.plan import Turn, plan_memory
 from lowvram.options import Limits
 
 
@@ -35,9 +37,13 @@ def test_as_many_layers_stay_as_were_asked_for_and_all_equally_far_apart(case: t
 # JSON
 
 
-@pytest.mark.parametrize("gib", [5, 6, 8, 12, 24])
-def test_a_plan_survives_json(seven_b: Footprint, gib: int):
-    plan = planned(seven_b, gib)
+@properties
+@given(any_turns, budgets, st.one_of(st.none(), st.integers(6 * GIB, 64 * GIB)))
+def test_a_plan_survives_json(seven_b: Footprint, turn: Turn, vram_bytes: int, ram_bytes: int | None):
+    try:
+        plan = plan_memory(seven_b, Budget(vram_bytes, ram_bytes), Limits(), turn)
+    except InfeasibleBudgetError:
+        reject()
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -129,7 +135,7 @@ def test_a_plan_prints_as_a_table_for_people():
         " " * 43 + "resident bigvgan",
         "peak 6.12 GiB of 8.00 GiB on cuda, of it 350 MiB context, 64 workspace, 98 slack",
         "weights moved per turn: 10.00 GiB; prefill in chunks of 512 tokens; KV cache in the compute dtype",
-        "host 4.00 GiB of 16.00 GiB, 2 blocks of weights kept there",
+        "host 4.00 GiB of 16.00 GiB, blocks of weights there: 1 pinned and 1 pageable",
     ]
 
 
