@@ -10,9 +10,9 @@ of its own, whose Python is named: AutoAWQ 0.2.9 reads this model with transform
     autoawq/bin/pip install --no-deps --no-build-isolation autoawq==0.2.9
 
 and transformers itself by gptqmodel, with what that imports (`gptqmodel/bin/pip install transformers gptqmodel`). They
-load what lies under every name that the checkpoint's `modules_to_not_convert` does not spare, so what
-`lowvram quantize` writes is the one to give to gptqmodel. Needs no GPU. The exit code is 1 where logits differ by more
-than float16 explains.
+take for packed whatever the checkpoint's `modules_to_not_convert` does not spare: the one to give to gptqmodel is one
+that `lowvram quantize` wrote, and the tiny one says of itself what such a one would. Needs no GPU. The exit code is 1
+where logits differ by more than float16 explains.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from lowvram import LowVRAMError, OmniRuntime
+from lowvram.quant.recipe import quantization_config
 
 HERE = Path(__file__).parent
 WORDS = TEXTS[0]
@@ -108,6 +109,16 @@ def our_logits(checkpoint: Path) -> Tensor:
             return head(hidden)
 
 
+def tiny_checkpoint(folder: Path) -> Path:
+    """A tiny 4-bit checkpoint below `folder`, described as `lowvram quantize` describes what it writes."""
+    _, rounded = build_pair(folder)
+    path = rounded / "config.json"
+    config = json.loads(path.read_text())
+    entry = quantization_config(config["quantization_config"]["group_size"])
+    path.write_text(json.dumps(config | {"quantization_config": entry}))
+    return rounded
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Whole checkpoints beside other readers of AWQ.")
     parser.add_argument("checkpoint", nargs="?", type=Path, help="a 4-bit checkpoint's folder (default: a tiny one)")
@@ -119,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     with TemporaryDirectory() as folder:
         try:
-            checkpoint = chosen.checkpoint or build_pair(Path(folder) / "made")[1]
+            checkpoint = chosen.checkpoint or tiny_checkpoint(Path(folder) / "made")
             agree = [
                 beside(checkpoint, python, Path(folder))
                 for beside, python in ((beside_autoawq, chosen.autoawq), (beside_gptqmodel, chosen.gptqmodel))

@@ -14,7 +14,6 @@ errors; those figures mean nothing, and what only a card can be tested for is co
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -31,9 +30,10 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
+import wheels
 from harness import card_lines, make_card, write_result
 from launches import babble, draw_options
-from turn_times import CLIP, SAMPLING, SPEECH, measure_turns, speech_ways
+from turn_times import CLIP, SAMPLING, SPEECH, bytes_per_s, measure_turns, speech_ways
 
 from lowvram import AudioChunk, LowVRAMError, OmniRuntime, TextDelta
 from lowvram.demo import demo_folder
@@ -50,9 +50,6 @@ T = TypeVar("T")
 HERE = Path(__file__).parent
 TESTS = tuple(HERE.parent / "tests" / name for name in ("test_cuda.py", "offload/test_streams.py"))
 """Where there is something for a card alone."""
-
-NEEDED = ("torch", "transformers", "av", "safetensors", "tokenizers", "soundfile", "soxr", "psutil", "pytest")
-OPTIONAL = ("cuda.core",)
 
 MESSAGES = [{"role": "user", "content": [{"type": "video", "video": str(CLIP)}]}]
 QUESTION = [{"role": "user", "content": "What is a codec?"}]
@@ -112,8 +109,8 @@ class Bench:
 
 
 def missing(bench: Bench) -> dict[str, Any]:
-    """Packages by name that are not here, so that whoever carries them knows which."""
-    return {kind: [name for name in names if not _is_here(name)] for kind, names in _PACKAGES.items()}
+    """Wheels by name that are not here, so that whoever carries them knows which."""
+    return wheels.missing()
 
 
 def suite(bench: Bench) -> dict[str, Any]:
@@ -122,8 +119,9 @@ def suite(bench: Bench) -> dict[str, Any]:
 
 
 def races(bench: Bench) -> dict[str, Any]:
-    """Streamed layers under torch's CUDA sanitizer, which reports copies that race with what reads them."""
-    return _pytest(bench, "-k", "streamed or through_a_card", environment={"TORCH_CUDA_SANITIZER": "1"})
+    """Streamed layers under torch's CUDA sanitizer, which must report copies that race with what reads them, and does
+    so where a wait is left out. No number is looked at: over stub.py all of these tests pass, too."""
+    return _pytest(bench, "-k", "sanitizer", environment={"TORCH_CUDA_SANITIZER": "1"})
 
 
 def kernels(bench: Bench) -> dict[str, Any]:
@@ -228,6 +226,7 @@ def graphs(bench: Bench) -> dict[str, Any]:
     from them where rounding decides.
     """
     with bench.open() as omni:
+        ceiling = bytes_per_s(omni) / omni._footprint.component_bytes("talker")
         residency, device = omni._machine.residency, omni._machine.device
         list(residency.enter(Phase("talk", ("talker",), {"talker": Placement.PHASE}, 0, 0, 0, 0)))
         whereabouts = partial(residency.whereabouts, "talker")
@@ -237,6 +236,7 @@ def graphs(bench: Bench) -> dict[str, Any]:
         said = {way: _codes_and_their_rate(omni, stepping) for way, stepping in ways.items()}
     return {
         "codes_per_s": {way: rate for way, (_, rate) in said.items()},
+        "codes_per_s_ceiling": ceiling,
         "alike_codes": {way: _alike(codes, said["fixed shapes"][0]) for way, (codes, _) in said.items()},
     }
 
@@ -332,13 +332,6 @@ def _once(copy: Callable[[], Any], bench: Bench) -> float:
     return time.perf_counter() - began_s
 
 
-def _is_here(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # its parent package
-        return False
-
-
 def _pytest(bench: Bench, *arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     dry = () if bench.on_card else ("--collect-only",)
     return _python("-m", "pytest", "-q", *dry, *arguments, *map(str, TESTS), environment=environment)
@@ -347,8 +340,8 @@ def _pytest(bench: Bench, *arguments: str, environment: Mapping[str, str] | None
 def _python(
     *arguments: str, environment: Mapping[str, str] | None = None, give_up_s: float = GIVE_UP_S
 ) -> dict[str, Any]:
-    """A Python program's exit code, and what it printed: parsed if it is JSON, else its end. One that is not done in
-    time has failed, and what it had printed by then is told, too."""
+    """A Python program's exit code, and what it printed: parsed if it is JSON, and what it warned of beside that; else
+    the end of both. One that is not done in time has failed, and what it had printed by then is told, too."""
     try:
         done = subprocess.run(
             [sys.executable, *arguments],
@@ -358,18 +351,18 @@ def _python(
         )
     except subprocess.TimeoutExpired as late:
         return {"failed": f"not done after {give_up_s:g} s", "printed": _end(late.stdout) + _end(late.stderr)}
+    warned = _end(done.stderr)
     try:
-        printed: Any = json.loads(done.stdout)
+        said = {"printed": json.loads(done.stdout)} | ({"warned": warned} if warned else {})
     except ValueError:
-        printed = _end(done.stdout) + _end(done.stderr)
-    return {"exit_code": done.returncode, "printed": printed}
+        said = {"printed": _end(done.stdout) + warned}
+    return {"exit_code": done.returncode, **said}
 
 
 def _end(printed: bytes | None) -> str:
     return (printed or b"").decode("utf-8", "replace")[-TOLD_CHARACTERS:]
 
 
-_PACKAGES = {"needed": NEEDED, "optional": OPTIONAL}
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     section.__name__: section
     for section in (missing, suite, races, overhead, kernels, int8_kernels, rates, graphs, speed, guest, memory)

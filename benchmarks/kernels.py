@@ -389,7 +389,16 @@ def _conditions(bench: Bench, load_before: float) -> dict[str, Any]:
         "load_average_before": round(load_before, 1),
         "load_average_after": round(psutil.getloadavg()[0], 1),
         "llama_cpp": version() or "absent",
+        "absent": _absent(bench),
     }
+
+
+def _absent(bench: Bench) -> dict[str, str]:
+    """Kernels that cannot serve here, and why."""
+    of_4_bits, of_8_bits = (Int4CpuBackend, CudaBackend, TritonBackend), (Int8CpuBackend, Int8CudaBackend)
+    kinds: Any = of_4_bits if bench.bits == 4 else of_8_bits
+    reasons = {kind.name: kind.obstacle(bench.device, bench.dtype) for kind in kinds}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _shape(text: str) -> Shape:

@@ -89,14 +89,17 @@ class CudaRecorder:
 
     @contextmanager
     def _into(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        in_use = torch.cuda.current_stream(self._device)
         stream, pool = _capture_stream(self._device), torch.cuda.graph_pool_handle()
         try:
             # The outer context puts the stream in use back, which torch's own leaves as it is where a capture fails.
             with (
-                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.stream(in_use),
                 torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
             ):
                 yield
+            # Nothing was computed there, but torch's race detector takes what is captured for what is computed.
+            in_use.wait_stream(stream)
         except RuntimeError:
             # Torch 2.11 and 2.12 go on as if a broken capture had no end, and give no memory back from then on.
             with suppress(RuntimeError, AttributeError):  # it is over already, or nothing ends it here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from lowvram.offload.allocator import CachingAllocator
 from lowvram.offload.budget import MIB
 from lowvram.offload.plan import CONTEXT_BYTES, WORKSPACE_BYTES, Placement, Plan
 from lowvram.offload.streams import CudaStreams
+from lowvram.options import SamplingParams, SpeechParams
 from lowvram.quant.borrowed import BorrowedBackend
 from lowvram.quant.cuda import CudaBackend
 from lowvram.quant.int8 import pack_int8, unpack_int8
@@ -47,6 +49,7 @@ STREAMS_OF_A_PRIORITY = 32
 """That torch has for each card, and hands out in turns."""
 
 GREEDY = replace(SPEECH, sampling=replace(SPEECH.sampling, temperature=0.0))
+BRIEF = replace(GREEDY, sampling=replace(GREEDY.sampling, max_tokens=20), steps=2)
 
 
 @pytest.fixture
@@ -113,12 +116,14 @@ def test_no_switch_of_the_application_makes_attention_spell_out_all_scores(causa
     assert torch.cuda.max_memory_allocated() - before_bytes < 8 * q.nbytes  # all scores are 64 times as large
 
 
-def last_event(folder: Path, device: str, plan: Plan) -> Event:
+def last_event(
+    folder: Path, device: str, plan: Plan, sampling: SamplingParams = SAMPLING, speech: SpeechParams = GREEDY
+) -> Event:
     with (
         OmniRuntime.open(folder, device=device, dtype="float32") as omni,
         omni.preprocessor.open(MESSAGES, MEDIA) as prompt,
     ):
-        *_, finished = turn_of(omni, prompt.inputs, plan, speech=GREEDY).run()
+        *_, finished = turn_of(omni, prompt.inputs, plan, sampling=sampling, speech=speech).run()
     return finished
 
 
@@ -248,6 +253,18 @@ def test_weights_that_have_moved_are_captured_again(
         captures, counted.captures = counted.captures, 0
         assert spoken(omni, 0, disturb) == undisturbed
     assert counted.captures > captures
+
+
+@pytest.mark.skipif("TORCH_CUDA_SANITIZER" not in os.environ, reason="needs TORCH_CUDA_SANITIZER=1, as in gpu.sh")
+def test_the_sanitizer_reports_nothing_of_a_turn_that_streams_layers_and_captures_steps(
+    demo: Path, counted: type[Counted]
+):
+    """The thinker's layers pass through, the talker's stay and are captured. What a graph repeats, it does not see."""
+    *encode, answer = plan_of([STAGES[:2], STAGES[2:]], Placement.STREAMED).phases
+    answer = replace(answer, placements={**answer.placements, "talker": Placement.PHASE})
+    plan = replace(plan_of([STAGES]), phases=(*encode, answer))
+    last_event(demo, "cuda", plan, SamplingParams(max_tokens=4), BRIEF)
+    assert counted.captures
 
 
 def test_a_capture_that_breaks_costs_neither_the_answer_nor_memory(caplog: pytest.LogCaptureFixture):

@@ -8,11 +8,12 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -333,16 +334,37 @@ def test_a_card_is_asked_no_more_after_three_refusals(caplog: pytest.LogCaptureF
     assert [record.getMessage().count(", as all later ones are") for record in caplog.records] == [0, 0, 1]
 
 
+def stand_for_a_card(monkeypatch: pytest.MonkeyPatch, stream_in_use: Any = None, graph: Any = nullcontext) -> None:
+    """Torch's own names for what a capture needs, none of which the CPU's build carries out."""
+    for name in ("CUDAGraph", "graph_pool_handle", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: None)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: graph())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream_in_use)
+    monkeypatch.setattr(graphs, "_capture_stream", lambda device: "the one that captures")
+
+
+def test_the_stream_in_use_is_ordered_after_a_capture(monkeypatch: pytest.MonkeyPatch):
+    """For who watches streams: nothing runs in the one that captures."""
+
+    @contextmanager
+    def graph() -> Iterator[None]:
+        diary.append("begin")
+        yield
+        diary.append("end")
+
+    diary: list[Any] = []
+    stand_for_a_card(monkeypatch, SimpleNamespace(wait_stream=diary.append), graph)
+    CudaRecorder(torch.device("cuda:0")).capture(lambda: diary.append("step"))
+    assert diary == ["begin", "step", "end", "the one that captures"]
+
+
 @pytest.mark.parametrize("torch_has", ["a capture that is over", "nothing that ends one"])
 def test_a_capture_that_breaks_costs_no_answer(
     torch_has: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """Stands for a card: torch's own names for what this needs, none of which the CPU's build carries out."""
-    for name in ("CUDAGraph", "graph_pool_handle", "current_stream", "current_device"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: None)
-    for name in ("device", "stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
-    monkeypatch.setattr(graphs, "_capture_stream", lambda device: None)
+    stand_for_a_card(monkeypatch)
 
     def breaks(reason: str = "the card refuses") -> int:
         raise RuntimeError(reason)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .reference import OnAWQTensors, ReferenceBackend
-from .trial import BROKEN, complaint
+from .trial import BROKEN, complaint, dtype_obstacle, require_dtype
 from .triton_backend import FEW_ROWS, self_test
 
 GROUP_SIZES = (32, 64, 128)
@@ -48,8 +48,8 @@ class BorrowedBackend(OnAWQTensors, ABC):
         """Why it cannot serve here, or nothing: it must import, compile for this card and multiply rightly."""
         if device.type == "cpu":
             return "it runs on a graphics card, not on the CPU"
-        if dtype not in cls.dtypes:
-            return f"it computes in {' and '.join(map(_bare, cls.dtypes))}, not in {_bare(dtype)}"
+        if obstacle := dtype_obstacle(dtype, cls.dtypes):
+            return obstacle
         try:
             from triton.errors import TritonError
 
@@ -66,6 +66,7 @@ class BorrowedBackend(OnAWQTensors, ABC):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if group_size not in GROUP_SIZES or not 0 < len(rows) <= FEW_ROWS:
             return self._reference.matmul(x, weights, group_size)
+        require_dtype(self.name, x, self.dtypes)
         out = self.multiply(rows, weights["qweight"], weights["qzeros"], weights["scales"])
         return out.view(*x.shape[:-1], out.shape[1])
 
@@ -97,7 +98,3 @@ def undoing_side_effects() -> Iterator[None]:
         os.environ.update(variables)
         root.handlers[:] = handlers
         root.setLevel(level)
-
-
-def _bare(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from .nvrtc import ROWS_PER_BLOCK, SUFFIX, Launch, Source, addresses, aligned_rows, blocks, load_kernels, obstacle_on
 from .packing import NIBBLES_PER_WORD
 from .reference import OnAWQTensors, ReferenceBackend, Workspace
-from .trial import awq_error
+from .trial import awq_error, require_dtype
 
 SOURCE = Source("awq.cu")
 
@@ -58,6 +58,7 @@ class CudaBackend(OnAWQTensors):
         """x [..., K] float16 or bfloat16 -> [..., N], a new tensor."""
         if group_size % RUN:
             return self._reference.matmul(x, weights, group_size)
+        require_dtype(self.name, x, SUFFIX)
         stored = weights["qweight"], weights["qzeros"], weights["scales"]
         in_features, words = stored[0].shape
         rows = aligned_rows(x, in_features)
@@ -89,8 +90,9 @@ class CudaBackend(OnAWQTensors):
         in_features, words = qweight.shape
         launch, kernel = self._load(rows.device), f"unpack_{SUFFIX[rows.dtype]}"
         step = max(1, SLICE_WEIGHTS // in_features // NIBBLES_PER_WORD)
+        space = self._workspace.take((in_features * min(step, words) * NIBBLES_PER_WORD,), rows.dtype, rows.device)
         for first, columns in zip(range(0, words, step), out.split(step * NIBBLES_PER_WORD, dim=1), strict=True):
-            weight = self._workspace.take((in_features, columns.shape[1]), rows.dtype, rows.device)
+            weight = space[: in_features * columns.shape[1]].view(in_features, -1)
             n_words = columns.shape[1] // NIBBLES_PER_WORD
             launch(
                 kernel,

@@ -102,7 +102,8 @@ class _Product(ctypes.Structure):
 
 def _multiply(run: Run, rows: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
     """See `Multiply`."""
-    out = rows.new_empty(len(rows), len(packed))
-    addresses = (tensor.data_ptr() for tensor in (rows, packed, scales, out))
-    run(_Product(*addresses, *rows.shape, len(packed), group_size))
-    return out
+    tensors = (rows, packed, scales, rows.new_empty(len(rows), len(packed)))
+    run(_Product(*(tensor.data_ptr() for tensor in tensors), *rows.shape, len(packed), group_size))
+    # From the tuple, which keeps all of them until here: torch.compile frees a tensor after the last line that mentions
+    # it, and what runs has only addresses.
+    return tensors[-1]

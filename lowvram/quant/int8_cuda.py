@@ -16,7 +16,7 @@ from .cuda import SLICE_WEIGHTS
 from .int8 import BYTES_PER_WORD, SlicesBackend, pack_int8, unpack_int8
 from .nvrtc import ROWS_PER_BLOCK, SUFFIX, Launch, Source, addresses, aligned_rows, blocks, load_kernels, obstacle_on
 from .reference import Workspace
-from .trial import largest_error
+from .trial import largest_error, require_dtype
 
 SOURCE = Source("int8.cu")
 
@@ -53,6 +53,7 @@ class Int8CudaBackend:
         """x [..., K] float16 or bfloat16 -> [..., N], a new tensor."""
         if group_size % RUN:
             return self._slices.matmul(x, packed, scales, group_size)
+        require_dtype(self.name, x, SUFFIX)
         rows = aligned_rows(x, packed.shape[1] * BYTES_PER_WORD)
         out = rows.new_empty(len(rows), len(packed))
         if len(rows) > self._few_rows:
@@ -77,8 +78,9 @@ class Int8CudaBackend:
         """The same, a slice of columns at a time."""
         launch, kernel = self._load(rows.device), f"unpack_{SUFFIX[rows.dtype]}"
         step = max(1, SLICE_WEIGHTS // rows.shape[1])
+        space = self._workspace.take((min(step, len(packed)), rows.shape[1]), rows.dtype, rows.device)
         for q, s, columns in zip(packed.split(step), scales.split(step), out.split(step, dim=1), strict=True):
-            weight = self._workspace.take((len(q), rows.shape[1]), rows.dtype, rows.device)
+            weight = space[: len(q)]
             eights = weight.numel() // UNPACK_WEIGHTS
             launch(
                 kernel,

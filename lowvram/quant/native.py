@@ -24,7 +24,7 @@ G even, N a multiple of 64."""
 SOURCE = CSource("native.c", "int4-cpu", "AVX-512 instructions for bfloat16")
 
 BLOCK_COLUMNS = 64
-"""How many columns torch's AVX-512 kernel packs together; those of other machines pack 32 or 16."""
+"""How many columns torch's AVX-512 kernel packs together; those for other processors pack fewer."""
 
 MIDPOINT = 8
 """The nibble that torch's format takes for 0."""
@@ -52,9 +52,10 @@ def self_test(multiply: Multiply) -> float:
     return largest_error((multiply(rows[:n], packed, pairs, group_size) for n in (1, 2, 4, 7)), exact)
 
 
-def in_blocks(packed: Tensor) -> Tensor:
-    """Torch's bytes for AVX-512 [n, K/2] as [n/64, K, 32]: byte j holds columns j (low) and j + 32 of its block."""
-    return packed.view(len(packed) // BLOCK_COLUMNS, -1, BLOCK_COLUMNS // 2)
+def in_blocks(packed: Tensor, columns: int = BLOCK_COLUMNS) -> Tensor:
+    """Torch's bytes [n, K/2] for blocks of C `columns` as [n/C, K, C/2]: byte j of a block holds its columns j (low)
+    and j + C/2."""
+    return packed.view(len(packed) // columns, -1, columns // 2)
 
 
 class _Product(ctypes.Structure):
@@ -72,10 +73,11 @@ def _multiply(run: Run, rows: Tensor, packed: Tensor, pairs: Tensor, group_size:
     n_rows, inputs = rows.shape
     columns = len(packed)
     group_sums = rows.unflatten(1, (-1, group_size)).sum(-1, dtype=torch.float32)
-    out = rows.new_empty(n_rows, columns)
-    addresses = (tensor.data_ptr() for tensor in (rows, group_sums, packed, pairs, out))
-    run(_Product(*addresses, n_rows, inputs, columns, group_size))
-    return out
+    tensors = (rows, group_sums, packed, pairs, rows.new_empty(n_rows, columns))
+    run(_Product(*(tensor.data_ptr() for tensor in tensors), n_rows, inputs, columns, group_size))
+    # From the tuple, which keeps all of them until here: torch.compile frees a tensor after the last line that mentions
+    # it, and what runs has only addresses.
+    return tensors[-1]
 
 
 def _unpacked(packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .trial import BROKEN, complaint
+from .trial import BROKEN, complaint, dtype_obstacle
 
 FLOATS = "floats.cu"
 """What every source begins with."""
@@ -116,8 +116,8 @@ def obstacle_on(device: torch.device, dtype: torch.dtype, self_test: Callable[[]
     """Why a source's kernels cannot serve there, or nothing: `self_test` runs them and gives their relative error."""
     if device.type != "cuda":
         return f"it runs on a CUDA card, not on {device}"
-    if dtype not in SUFFIX:
-        return f"it computes in float16 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    if obstacle := dtype_obstacle(dtype, SUFFIX):
+        return obstacle
     if not torch.cuda.is_available():
         return "torch finds no CUDA card"
     try:

@@ -6,11 +6,12 @@ whoever chooses one tries it out first, on a small linear.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ..errors import BackendError
 from .packing import pack_awq, unpack_awq
 
 TOLERANCE = 0.01
@@ -49,3 +50,27 @@ def awq_error(
 def complaint(kernel: str, error: float) -> str:
     """Why `kernel`, with such a relative error, does not serve; nothing, if it does."""
     return "" if error <= TOLERANCE else f"{kernel} is wrong on this machine, by {error:.1%}"
+
+
+def dtype_obstacle(dtype: torch.dtype, served: Collection[torch.dtype]) -> str:
+    """Why a kernel that computes in the dtypes `served` does not in this one; nothing, if it does."""
+    if dtype in served:
+        return ""
+    *others, last = map(_bare, served)
+    return f"it computes in {' and '.join(filter(None, (', '.join(others), last)))}, not in {_bare(dtype)}"
+
+
+def require_dtype(backend: str, x: Tensor, served: Collection[torch.dtype]) -> None:
+    """Raise BackendError for an input in another dtype than those that `backend` serves."""
+    if x.dtype not in served:
+        obstacle = dtype_obstacle(x.dtype, served)
+        raise BackendError(
+            f"kernel {backend} cannot multiply this input: {obstacle}",
+            backend=backend,
+            reason=obstacle,
+            hint="convert the input, or choose the kernel for its dtype",
+        )
+
+
+def _bare(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

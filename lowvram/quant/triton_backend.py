@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .reference import OnAWQTensors, ReferenceBackend
-from .trial import BROKEN, awq_error, complaint
+from .trial import BROKEN, awq_error, complaint, dtype_obstacle, require_dtype
 
 FEW_ROWS = 128
 """Up to here rows are multiplied from the packed words. Every 16 of them take a pass over half a byte per weight;
@@ -42,8 +42,8 @@ class TritonBackend(OnAWQTensors):
         """Why it cannot serve here, or nothing: it must compile for this card and compute a small linear rightly."""
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "it runs on a graphics card, not on the CPU"
-        if dtype not in DTYPES:
-            return f"it computes in float16, bfloat16 and float32, not in {str(dtype).removeprefix('torch.')}"
+        if obstacle := dtype_obstacle(dtype, DTYPES):
+            return obstacle
         try:
             from triton.errors import TritonError
 
@@ -57,11 +57,12 @@ class TritonBackend(OnAWQTensors):
 
     def matmul(self, x: Tensor, weights: Mapping[str, Tensor], group_size: int) -> Tensor:
         """x [..., K] -> [..., N], a new tensor."""
-        from .triton_kernel import multiply
-
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if group_size % RUN or not 0 < len(rows) <= FEW_ROWS:
             return self._reference.matmul(x, weights, group_size)
+        require_dtype(self.name, x, DTYPES)
+        from .triton_kernel import multiply
+
         out = multiply(rows, weights["qweight"], weights["qzeros"], weights["scales"], group_size, RUN)
         return out.view(*x.shape[:-1], out.shape[1])
 

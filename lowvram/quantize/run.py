@@ -47,7 +47,7 @@ from .finish import finish_checkpoint, quantized_config
 from .layout import layer_prefix, plan_layout
 from .options import ALSO, LAYERS, Agreement, Deviations, LayerReport, PartReport, QuantizeOptions, QuantizeReport
 from .parts import HEAD_PART, PartWriter, find_part, read_rows
-from .rows import QUANTIZED, ROUNDED, SIXTEEN_BIT, TRACKS, HeldOut, RowFile, Samples
+from .rows import CHUNK_TOKENS, QUANTIZED, ROUNDED, SIXTEEN_BIT, TRACKS, HeldOut, RowFile, Samples
 from .samples import Block, Choice, Embedder, Run, choose_blocks, embedded_blocks, gather_runs, phase_with
 from .source import fingerprint, name_only, published_config, refuse_demo, refuse_quantized
 from .state import Unfinished, require_new_or_unfinished, require_room
@@ -93,7 +93,8 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(source, on_progress=on_download)
     refuse_quantized(checkpoint)
     with (
-        _out_of_room_told(target, device),
+        _disk_told(target),
+        _shortage_told(device, "building the model"),
         TensorReader() as reader,
         _skeleton(checkpoint, reader, device, torch.float32) as model,
     ):
@@ -142,7 +143,8 @@ class _Quantization:
             begun = self._has_begun  # choosing takes a while, in which another process may have come further
             self._state.open_run(self._record(), begun=begun)
             if chosen and not begun:
-                yield from self._embed_samples(*chosen)
+                with _shortage_told(self._device, "encoding media", "smaller pictures and clips in --calibrate"):
+                    yield from self._embed_samples(*chosen)
             yield from self._copy_others()
             yield from self._quantize_parts()
             calibrated, held_out = self._samples(CALIBRATION), self._samples(HELD_OUT)
@@ -206,9 +208,10 @@ class _Quantization:
             if self._state.read(kept) is None:
                 writer = PartWriter(part, self._tensors, self._reader, self._device.torch)
                 done, total = 0, sum(header.n_bytes for header in headers.values())
-                for n_bytes in write_shard(self._target / file, headers, writer.pieces):
-                    done += n_bytes
-                    yield Progress(f"quantize {part.name}", done, total, "bytes")
+                with _shortage_told(self._device, f"quantizing {part.name}"):
+                    for n_bytes in write_shard(self._target / file, headers, writer.pieces):
+                        done += n_bytes
+                        yield Progress(f"quantize {part.name}", done, total, "bytes")
                 self._state.keep(kept, asdict(writer.report))
             yield self._part_report(part.name)
 
@@ -267,7 +270,8 @@ class _Quantization:
         reports = []
         for index in range(len(self._layer_names)):
             if self._state.read(f"layer-{index}") is None:
-                yield from self._quantize_layer(index, calibrated, held_out)
+                with _shortage_told(self._device, f"quantizing {self._layer_stage(index)}", self._shorter_samples):
+                    yield from self._quantize_layer(index, calibrated, held_out)
             yield Progress(LAYERS, index + 1, len(self._layer_names), "layers")
             reports.append(LayerReport(**self._state.read(f"layer-{index}")))
             yield reports[-1]
@@ -283,7 +287,7 @@ class _Quantization:
             )
             judged = HeldOut(held_out, layer, *held_rows)
             quantizer = LayerQuantizer(layer, self._storage, self._float_dtypes(index))
-            stage, total = f"layer {index + 1} of {len(self._layer_names)}", 2 * calibrated.tokens
+            stage, total = self._layer_stage(index), 2 * calibrated.tokens
             for start, chunk in calibrated.chunks(rows):
                 output = quantizer.observe(chunk).flatten(0, 1)
                 _require_finite(output, layer_prefix(index).rstrip("."))
@@ -298,6 +302,14 @@ class _Quantization:
             report = LayerReport(index, rounded_error, judged.error())
             judged.advance(QUANTIZED)
         self._keep_layer(report, tensors)
+
+    def _layer_stage(self, index: int) -> str:
+        return f"layer {index + 1} of {len(self._layer_names)}"
+
+    @property
+    def _shorter_samples(self) -> str:
+        """What takes less room in a layer: samples beyond a chunk, which are computed whole; shorter ones share one."""
+        return f"--sample-tokens {CHUNK_TOKENS}" if self._options.sample_tokens > CHUNK_TOKENS else ""
 
     def _judge_rounded(self, judged: HeldOut) -> float:
         judged.advance(SIXTEEN_BIT)
@@ -369,7 +381,11 @@ class _Quantization:
         starts = range(0, held_out.tokens, COMPARED_TOKENS)
         done, total = 0, len(starts) * head.n_bytes
         compared: list[ByToken] = []
-        with self._on_device(self._names[-1]) as rest, self._held_out_rows() as rows:
+        with (
+            _shortage_told(self._device, "comparing next words"),
+            self._on_device(self._names[-1]) as rest,
+            self._held_out_rows() as rows,
+        ):
             for start in starts:
                 hidden = self._final_hidden(rest, rows, held_out, start)
                 comparison = HeadComparison(torch.cat((hidden, hidden[:1])) if quantized_head else hidden)
@@ -419,18 +435,27 @@ def _skeleton(checkpoint: Checkpoint, reader: TensorReader, device: Device, dtyp
 
 
 @contextmanager
-def _out_of_room_told(target: str | Path, device: Device) -> Iterator[None]:
-    """Errors of the disk that is written to and of the device; what cannot be read has its own."""
+def _disk_told(target: str | Path) -> Iterator[None]:
+    """Errors of the disk that is written to; what cannot be read has its own."""
     try:
         yield
     except OSError as error:
         raise OptionError(f"{error.filename or target} cannot be written: {error.strerror}", hint=GO_ON) from error
+
+
+@contextmanager
+def _shortage_told(device: Device, step: str, lower: str = "") -> Iterator[None]:
+    """A device that runs out of memory at a `step`, and what could be asked for instead that takes less of it."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
+        instead = " or ".join(filter(None, (lower, "--device cpu")))
         raise BudgetExceededError(
-            f"{device.title} ran out of memory, of which {format_bytes(device.free_bytes)} were free",
+            f"{device.title} ran out of memory while {step}; {format_bytes(device.free_bytes)} were free when it was"
+            " opened",
             phase="quantize",
             available_bytes=device.free_bytes,
-            hint=f"close what else uses it; {GO_ON}",
+            hint=f"close what else uses it; {GO_ON}; or name a new folder, with {instead}",
         ) from error
 
 

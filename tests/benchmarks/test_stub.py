@@ -57,6 +57,13 @@ def test_what_breaks_a_capture_is_refused(tmp_path: Path, step: str, reason: str
     assert broken.returncode == 1 and f"stub: refused, {reason}" in broken.stderr
 
 
+def test_torchs_sanitizer_reports_waits_that_are_left_out_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCH_CUDA_SANITIZER", "1")
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    tests = stubbed("-m", "pytest", "-q", "tests/offload/test_streams.py", "-k", "sanitizer")
+    assert tests.returncode == 0 and "skipped" not in tests.stdout, tests.stdout
+
+
 def test_after_a_broken_capture_torch_gives_memory_back_as_before(tmp_path: Path):
     capture = (
         "from lowvram.graphs import CudaRecorder\nx = torch.ones(8, device='cuda')\n"

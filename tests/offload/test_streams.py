@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -17,6 +18,9 @@ from lowvram.offload.streams import CudaStreams, InOrder, Lane, in_a_thread, ope
 from lowvram.offload.transfer import Transfer
 
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+needs_sanitizer = pytest.mark.skipif(
+    "TORCH_CUDA_SANITIZER" not in os.environ, reason="needs TORCH_CUDA_SANITIZER=1, as in benchmarks/gpu.sh"
+)
 
 
 @pytest.fixture
@@ -116,20 +120,56 @@ def test_a_refused_lock_leaves_no_error_for_the_next_kernel(streams: CudaStreams
     streams.unlock_pages(pages)
 
 
-@needs_card
-@pytest.mark.parametrize("tier", HostTier)
-def test_layers_that_pass_through_a_card_are_seen_with_their_own_bytes(streams: CudaStreams, tier: HostTier):
+def pass_through(streams: CudaStreams, tier: HostTier, times: int, staging_bytes: int) -> torch.Tensor:
+    """What each of 8 layers of 4 MiB was seen with, its least and its largest weight [times * 8, 2]."""
     shelf, device = Shelf(), torch.device("cuda", torch.cuda.current_device())
-    transfer = Transfer(shelf, device, streams, staging_bytes=1 << 20)
+    transfer = Transfer(shelf, device, streams, staging_bytes)
     residency = Residency({"thinker": stack(shelf, transfer, "thinker", [1 << 20] * 8)}, transfer)
     tiers = {f"thinker.{i}": tier for i in range(8)}
     residency.prepare(Plan("cuda", None, (), 1, 1, 0, 1, 1, 1, host_tiers=tiers))
     list(residency.enter(phase({"thinker": 1}, thinker=Placement.STREAMED)))
     seen = []  # on the card until the end, since to look at a value is to wait for it
-    for _ in range(20):
+    for _ in range(times):
         for use in residency.component("thinker"):
             with use as linear:
                 seen.append(torch.stack(linear.weight.aminmax()))
-    assert torch.stack(seen).tolist() == [[expected("thinker", i)] * 2 for i in range(8)] * 20
     assert residency.misses == 0
+    on_host = torch.stack(seen).cpu()
     residency.release()
+    return on_host
+
+
+@needs_card
+@pytest.mark.parametrize("tier", HostTier)
+def test_layers_that_pass_through_a_card_are_seen_with_their_own_bytes(streams: CudaStreams, tier: HostTier):
+    seen = pass_through(streams, tier, times=20, staging_bytes=1 << 20)
+    assert seen.tolist() == [[expected("thinker", i)] * 2 for i in range(8)] * 20
+
+
+WHOLE_LAYERS = 8 << 20
+"""Of staging that takes a layer at once: the sanitizer knows memory by where a tensor begins, so of a layer that comes
+in pieces it would watch the first alone, which is there before the last is staged."""
+
+
+@needs_card
+@needs_sanitizer
+@pytest.mark.parametrize("tier", HostTier)
+def test_the_sanitizer_reports_no_layer_that_passes_through(streams: CudaStreams, tier: HostTier):
+    pass_through(streams, tier, times=2, staging_bytes=WHOLE_LAYERS)
+
+
+@needs_card
+@needs_sanitizer
+@pytest.mark.parametrize("tier", HostTier)
+@pytest.mark.parametrize("deaf", Lane)
+def test_the_sanitizer_reports_layers_that_pass_through_where_a_lane_does_not_wait(
+    streams: CudaStreams, monkeypatch: pytest.MonkeyPatch, tier: HostTier, deaf: Lane
+):
+    from torch.cuda._sanitizer import CUDASanitizerErrors  # to import it is to have every event traced from then on
+
+    wait = streams.wait
+    monkeypatch.setattr(streams, "wait", lambda lane, event: None if lane is deaf else wait(lane, event))
+    with pytest.raises(CUDASanitizerErrors) as reported:
+        pass_through(streams, tier, times=2, staging_bytes=WHOLE_LAYERS)
+    torch.cuda.synchronize()  # before the memory that copies are under way from, which `reported` holds, is freed
+    assert "possible data race" in str(reported.value.errors[0])

@@ -13,6 +13,7 @@ from lowvram.quant import cuda
 from lowvram.quant.cuda import FEW_ROWS, SOURCE, CudaBackend, self_test
 from lowvram.quant.matmul import choose_backend
 from lowvram.quant.packing import stored_layout
+from lowvram.quant.reference import Workspace
 from lowvram.quant.trial import TOLERANCE as TRIAL_TOLERANCE
 
 TOLERANCE = {torch.float16: 3.5e-4, torch.bfloat16: 3e-3}
@@ -92,6 +93,14 @@ def test_a_linear_is_unpacked_in_slices_that_need_not_be_equal(launch: CpuLaunch
     launch.started.clear()
     assert error(on_cpu(launch).matmul(x, named(stored), 32), x, stored, 32) <= TOLERANCE[torch.float16]
     assert launch.started == ["unpack_float16"] * 3
+
+
+def test_all_slices_are_unpacked_into_one_workspace(launch: CpuLaunch, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda, "SLICE_WEIGHTS", 96 * 24)
+    taken, take = [], Workspace.take
+    monkeypatch.setattr(Workspace, "take", lambda *wanted: taken.append(take(*wanted)) or taken[-1])
+    on_cpu(launch).matmul(random_input(FEW_ROWS + 1, 96, torch.float16), named(random_stored(96, 64, 32)), 32)
+    assert [space.numel() for space in taken] == [96 * 24]
 
 
 def test_a_decode_step_has_a_kernel_of_its_own(launch: CpuLaunch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from on_this_cpu import INT4_CPU
 from published_by_hand import Numbers, as_compressed, as_gptq, random_numbers
 from torch import Tensor
 
@@ -70,7 +71,7 @@ def test_turning_awq_s_tensors_into_compressed_ones_is_undone(shape: tuple[int, 
     assert all(torch.equal(ours, before) for ours, before in zip(back, awq, strict=True))
 
 
-@pytest.mark.parametrize("name", ["reference", "int4-cpu"])
+@pytest.mark.parametrize("name", ["reference", INT4_CPU])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_linear_takes_a_published_packing_into_any_backend_s_layout(packing: Packing, name: str):
     numbers, stored = published(packing, (64, 128, 32))

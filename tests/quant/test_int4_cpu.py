@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from awq_by_hand import random_stored, weight_by_hand
+from on_this_cpu import needs_int4_cpu
 from torch import Tensor
 
 from lowvram.quant import int4_cpu
@@ -40,6 +41,23 @@ def test_torch_s_two_ways_read_the_same_weights():
         assert (product - exact).norm() <= 3e-3 * exact.norm()
 
 
+def test_bytes_as_torch_packs_them_for_avx2_are_unpacked_for_many_rows(monkeypatch: pytest.MonkeyPatch):
+    def blocks_of_32_columns(values: Tensor) -> Tensor:
+        low, high = values.unflatten(0, (-1, 2, 16)).unbind(1)
+        return (low | high << 4).transpose(1, 2).to(torch.uint8).reshape(len(values), -1)
+
+    monkeypatch.setattr(int4_cpu, "_pack_for_kernel", blocks_of_32_columns)
+    backend = Int4CpuBackend()
+    layout = backend.layout(256, 128, 32, torch.bfloat16)
+    weights = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
+    stored = random_stored(256, 128, 32)
+    backend.pack(*stored, 32, weights)
+    x = torch.randn(UNPACK_FROM_ROWS, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double() @ weight_by_hand(stored, 32).t()
+    assert (backend.matmul(x, weights, 32) - exact).norm() <= 3e-3 * exact.norm()
+
+
+@needs_int4_cpu
 def test_a_kernel_that_computes_wrongly_is_passed_over(monkeypatch: pytest.MonkeyPatch):
     pack = int4_cpu._pack_for_kernel
     monkeypatch.setattr(int4_cpu, "_pack_for_kernel", lambda values: pack(values.roll(1, dims=0)))
@@ -56,3 +74,14 @@ def test_a_kernel_that_this_torch_lacks_is_passed_over(monkeypatch: pytest.Monke
     backend = choose_backend(CPU, torch.bfloat16)
     assert backend.name == "reference"
     assert "int4-cpu was passed over: torch's kernel fails on this machine" in backend.reason
+
+
+def test_a_kernel_that_unpacks_for_each_row_is_passed_over(monkeypatch: pytest.MonkeyPatch):
+    def neighbours_in_a_byte(values: Tensor) -> Tensor:
+        even, odd = values.unflatten(0, (-1, 32)).transpose(1, 2).unflatten(2, (-1, 2)).unbind(-1)
+        return (even | odd << 4).to(torch.uint8).reshape(len(values), -1)
+
+    monkeypatch.setattr(int4_cpu, "_pack_for_kernel", neighbours_in_a_byte)
+    backend = choose_backend(CPU, torch.bfloat16)
+    assert backend.name == "reference"
+    assert "int4-cpu was passed over: torch's kernel unpacks weights anew for each row" in backend.reason

@@ -8,8 +8,10 @@ from cuda_on_cpu import CpuLaunch, compile_for_cpu
 from int8_by_hand import random_stored, weight_by_hand
 from torch import Tensor
 
+from lowvram.errors import BackendError
 from lowvram.quant import int8_cuda
 from lowvram.quant.int8_cuda import FEW_ROWS, SOURCE, Int8CudaBackend, self_test
+from lowvram.quant.reference import Workspace
 from lowvram.quant.trial import TOLERANCE as TRIAL_TOLERANCE
 
 TOLERANCE = {torch.float16: 3.5e-4, torch.bfloat16: 3e-3}
@@ -69,6 +71,13 @@ def test_a_row_has_the_same_bits_whatever_rows_come_with_it(launch: CpuLaunch, d
         assert torch.equal(on_cpu(launch).matmul(x[:rows], *stored, 32), alone[:rows])
 
 
+@pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
+def test_an_input_in_another_dtype_is_refused(rows: int):
+    with pytest.raises(BackendError, match="it computes in float16 and bfloat16, not in float32") as caught:
+        Int8CudaBackend().matmul(torch.zeros(rows, 96), *random_stored(96, 10, 48), 48)
+    assert caught.value.backend == "int8-cuda"
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_unpacked_weights_are_the_stored_ones_rounded_once(launch: CpuLaunch, dtype: torch.dtype):
     stored = random_stored(320, 72, 32)
@@ -83,6 +92,14 @@ def test_a_linear_is_unpacked_in_slices_that_need_not_be_equal(launch: CpuLaunch
     launch.started.clear()
     assert error(on_cpu(launch).matmul(x, *stored, 32), x, stored, 32) <= TOLERANCE[torch.float16]
     assert launch.started == ["unpack_float16"] * 3
+
+
+def test_all_slices_are_unpacked_into_one_workspace(launch: CpuLaunch, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(int8_cuda, "SLICE_WEIGHTS", 96 * 24)
+    taken, take = [], Workspace.take
+    monkeypatch.setattr(Workspace, "take", lambda *wanted: taken.append(take(*wanted)) or taken[-1])
+    on_cpu(launch).matmul(random_input(FEW_ROWS + 1, 96, torch.float16), *random_stored(96, 64, 32), 32)
+    assert [space.numel() for space in taken] == [96 * 24]
 
 
 def test_a_decode_step_has_a_kernel_of_its_own(launch: CpuLaunch):

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from awq_by_hand import random_stored, weight_by_hand
+from on_this_cpu import INT4_CPU
 from torch import nn
 
-from lowvram.errors import UnsupportedQuantError
+from lowvram.errors import BackendError, UnsupportedQuantError
+from lowvram.quant.cuda import CudaBackend
+from lowvram.quant.int4_cpu import UNPACK_FROM_ROWS, Int4CpuBackend
 from lowvram.quant.linear import AWQLinear
-from lowvram.quant.matmul import Backend, choose_backend
+from lowvram.quant.matmul import BORROWED, Backend, choose_backend
 from lowvram.quant.packing import stored_layout
+from lowvram.quant.reference import ReferenceBackend
+from lowvram.quant.triton_backend import TritonBackend
 
 CPU = torch.device("cpu")
 
@@ -40,7 +48,7 @@ def test_a_linear_without_bias_has_only_its_packed_parameters():
     assert tuple(dict(linear.named_parameters())) == linear.packed_names
 
 
-@pytest.mark.parametrize("name", ["reference", "int4-cpu"])
+@pytest.mark.parametrize("name", ["reference", INT4_CPU])
 def test_what_is_stored_is_the_checkpoint_s_whatever_the_backend_keeps(name: str):
     linear = skeleton(choose_backend(CPU, torch.bfloat16, name), torch.bfloat16)
     assert dict(linear.stored) == stored_layout(64, 128, 32)
@@ -63,6 +71,40 @@ def test_forward_twice_adds_the_bias_once_each():
     x = torch.zeros(1, 64)
     linear(x)
     assert torch.equal(linear(x), torch.arange(128.0).unsqueeze(0))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
+@pytest.mark.parametrize("rows", [1, UNPACK_FROM_ROWS])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "whole"),
+    [
+        (ReferenceBackend, torch.float32, True),
+        (partial(Int4CpuBackend, load=None), torch.bfloat16, True),
+        (Int4CpuBackend, torch.bfloat16, False),  # where it is compiled, what is C is left out of the graph
+    ],
+    ids=["reference", "torch's int4", "int4-cpu"],
+)
+def test_torch_may_compile_it(backend: Callable[[], Backend], dtype: torch.dtype, whole: bool, rows: int):
+    torch.compiler.reset()
+    linear = filled(skeleton(backend(), dtype))
+    compiled = torch.compile(linear, backend="eager", fullgraph=whole)
+    for x in torch.randn(2, rows, 64, generator=torch.Generator().manual_seed(0)).to(dtype):
+        assert torch.equal(compiled(x), linear(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "backend",
+    [Int4CpuBackend, partial(Int4CpuBackend, load=None), CudaBackend, TritonBackend, *BORROWED],
+    ids=["int4-cpu", "torch's int4", "int4-cuda", "triton", *(backend.name for backend in BORROWED)],
+)
+def test_an_input_in_a_dtype_that_its_backend_does_not_serve_is_refused(backend: Callable[[], Backend], compiled: bool):
+    torch.compiler.reset()
+    linear = filled(skeleton(backend(), torch.bfloat16))
+    call = torch.compile(linear, backend="eager") if compiled else linear
+    with pytest.raises(BackendError, match=r"it computes in .*float16.*, not in float64") as caught:
+        call(torch.zeros(1, 64, dtype=torch.float64))
+    assert caught.value.backend == linear.backend.name
 
 
 def test_sizes_that_awq_cannot_store_are_refused_before_anything_is_read():

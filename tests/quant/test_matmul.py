@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from awq_by_hand import random_stored, weight_by_hand
+from on_this_cpu import INT4_CPU, needs_int4_cpu
 from torch import Tensor
 
 from lowvram.errors import BackendError, UnsupportedQuantError
@@ -18,7 +19,7 @@ SERVED = [
     ("reference", torch.float32),
     ("reference", torch.float16),
     ("reference", torch.bfloat16),
-    ("int4-cpu", torch.bfloat16),
+    pytest.param("int4-cpu", torch.bfloat16, marks=needs_int4_cpu),
 ]
 SHAPES = [  # inputs, outputs, group size
     (96, 40, 32),
@@ -71,7 +72,7 @@ def test_products_are_the_same_bits_every_time(name: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("group_size", [32, 48])
-@pytest.mark.parametrize("name", ["reference", "int4-cpu"])
+@pytest.mark.parametrize("name", ["reference", INT4_CPU])
 def test_inputs_of_any_shape_and_stride_give_the_rows_products(name: str, group_size: int):
     backend = choose_backend(CPU, torch.bfloat16, name)
     weights = packed(backend, random_stored(96, 64, group_size), group_size)
@@ -85,7 +86,7 @@ def test_inputs_of_any_shape_and_stride_give_the_rows_products(name: str, group_
     assert backend.matmul(rows[:0].view(2, 0, 96), weights, group_size).shape == (2, 0, 64)
 
 
-@pytest.mark.parametrize("name", ["reference", "int4-cpu"])
+@pytest.mark.parametrize("name", ["reference", INT4_CPU])
 @pytest.mark.parametrize("shape", [(2, 128), (2, 32), (1, 65), (3, 4, 16)])
 def test_an_input_of_another_size_is_refused(name: str, shape: tuple[int, ...]):
     backend = choose_backend(CPU, torch.bfloat16, name)
@@ -106,7 +107,7 @@ def test_an_input_is_left_as_it_was_and_a_product_is_the_caller_s(name: str, dty
         assert torch.equal(x, kept) and torch.equal(product, product_kept)
 
 
-@pytest.mark.parametrize("name", ["reference", "int4-cpu"])
+@pytest.mark.parametrize("name", ["reference", INT4_CPU])
 def test_a_backend_serves_linears_of_all_sizes_in_turn(name: str):
     backend = choose_backend(CPU, torch.bfloat16, name)
     for in_features in (64, 512, 64):
@@ -117,7 +118,7 @@ def test_a_backend_serves_linears_of_all_sizes_in_turn(name: str):
         assert (product - exact).norm() <= TOLERANCE[torch.bfloat16] * exact.norm()
 
 
-@pytest.mark.parametrize("name", ["reference", "int4-cpu"])
+@pytest.mark.parametrize("name", ["reference", INT4_CPU])
 def test_threads_may_share_a_backend(name: str):
     backend = choose_backend(CPU, torch.bfloat16, name)
     x = random_input(MANY_ROWS, 1024, dtype=torch.bfloat16)
@@ -128,7 +129,7 @@ def test_threads_may_share_a_backend(name: str):
     assert all(torch.equal(product, alone[i % 4]) for i, product in enumerate(together))
 
 
-@pytest.mark.parametrize("name", ["reference", "int4-cpu"])
+@pytest.mark.parametrize("name", ["reference", INT4_CPU])
 def test_a_backend_first_used_in_inference_mode_serves_outside_of_it(name: str):
     backend = choose_backend(CPU, torch.bfloat16, name)
     weights = packed(backend, random_stored(64, 64, 32), 32)
@@ -138,7 +139,7 @@ def test_a_backend_first_used_in_inference_mode_serves_outside_of_it(name: str):
     assert torch.equal(backend.matmul(x, weights, 32), inside)
 
 
-@pytest.mark.parametrize("name", ["reference", "int4-cpu"])
+@pytest.mark.parametrize("name", ["reference", INT4_CPU])
 def test_tensors_that_do_not_belong_together_are_refused(name: str):
     backend = choose_backend(CPU, torch.bfloat16, name)
     qweight, qzeros, scales = random_stored(64, 64, 32)
@@ -153,6 +154,7 @@ def test_a_linear_that_awq_cannot_store_has_no_layout(backend: type[Backend]):
         backend().layout(100, 64, 32, torch.bfloat16)
 
 
+@needs_int4_cpu
 def test_bfloat16_on_a_cpu_is_given_to_torch_s_kernel():
     backend = choose_backend(CPU, torch.bfloat16)
     assert (backend.name, backend.reason) == ("int4-cpu", "the fastest here")
@@ -161,7 +163,7 @@ def test_bfloat16_on_a_cpu_is_given_to_torch_s_kernel():
 def test_other_dtypes_on_a_cpu_are_given_to_the_reference_which_says_why():
     backend = choose_backend(CPU, torch.float32)
     assert backend.name == "reference"
-    assert backend.reason.startswith("int4-cpu was passed over: it is fast in bfloat16 only, not in float32; ")
+    assert backend.reason.startswith("int4-cpu was passed over: it computes in bfloat16, not in float32; ")
 
 
 def test_other_devices_are_given_to_the_reference():
@@ -183,6 +185,8 @@ def test_nothing_that_serves_by_name_is_chosen_by_itself(device: torch.device, d
 
 
 def test_a_name_that_cannot_serve_says_why():
-    with pytest.raises(BackendError, match="int4-cpu cannot be used: it is fast in bfloat16 only") as caught:
+    with pytest.raises(
+        BackendError, match="int4-cpu cannot be used: it computes in bfloat16, not in float16"
+    ) as caught:
         choose_backend(CPU, torch.float16, "int4-cpu")
     assert caught.value.backend == "int4-cpu"
