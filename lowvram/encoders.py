@@ -1,8 +1,9 @@
 """Prompt media to prompt rows: the vision and audio towers, a few windows at a time.
 
 Exact, because attention never leaves a window: a temporal patch of a video (or an image) attends within itself, and
-two seconds of sound within themselves. Of a picture that is more than is computed at once, a layer has all keys and
-values, and the rest slice by slice. What is decoded is encoded and forgotten; only the features stay, on the host.
+two seconds of sound within themselves. Of a picture that is more than is computed at once, a layer has all queries,
+keys and values, and the rest slice by slice. What is decoded is encoded and forgotten; only the features stay, on the
+host.
 """
 
 from __future__ import annotations

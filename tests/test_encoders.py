@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,32 @@ def test_no_more_of_a_picture_than_a_chunk_is_computed_at_once(eyes: reference.Q
     grid = (1, 20, 28)
     features(tower_of(eyes), grid, pixels_of(grid), 100)
     assert max(sizes) <= 100
+
+
+def test_a_picture_whose_slice_found_no_room_begins_anew_in_smaller_ones(eyes: reference.Qwen2_5OmniVisionEncoder):
+    grid, chunks, sizes = (1, 20, 28), [100, 30], []
+    pixels = pixels_of(grid)
+
+    def run_out(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        sizes.append(len(inputs[0]))
+        if len(sizes) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def attempt(step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except torch.OutOfMemoryError:
+            chunks.pop(0)
+            return step()
+
+    seen = features(tower_of(eyes), grid, pixels, 4096)
+    eyes.blocks[1].mlp.register_forward_pre_hook(run_out)
+    embeds = torch.full_like(seen, torch.nan)
+    visual = VisualInput(grid, torch.arange(len(seen)), lambda: iter(pixels))
+    tower = replace(tower_of(eyes), attempt=attempt)
+    list(encode_visuals([visual], tower, embeds, chunk_patches=lambda: chunks[0], device=torch.device("cpu")))
+    assert torch.allclose(embeds, seen, rtol=0, atol=1e-12)
+    assert sizes == [100] * 3 + [30] * 18 + [20]
 
 
 def several_frames(patches: Tensor, grid: tuple[int, int, int], *_: object) -> bool:

@@ -22,6 +22,6 @@ def test_here_nothing_that_is_needed_is_missing():
 
 
 def test_a_python_without_any_of_them_names_them_all():
-    bare = subprocess.run([sys.executable, "-S", wheels.__file__], capture_output=True, text=True)
+    bare = subprocess.run([sys.executable, "-IS", wheels.__file__], capture_output=True, text=True)
     assert bare.returncode == 1
     assert bare.stderr.splitlines()[0] == f"needed, and not here: {', '.join(wheels.NEEDED.values())}"
