@@ -15,16 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_turn import MEDIA, MESSAGES, SAMPLING, SPEECH, assert_same_answer
+from test_turn import MEDIA, MESSAGES, SAMPLING, SPEECH, CardCount, assert_same_answer
 
 from lowvram.device import MemoryCap
 from lowvram.errors import BudgetExceededError, InfeasibleBudgetError, LowVRAMError
 from lowvram.events import AudioChunk, Event, Finished, TextDelta
 from lowvram.kv_cache import KVCache
 from lowvram.offload.budget import GIB
-from lowvram.offload.meter import NoMeter
 from lowvram.offload.plan import Plan
-from lowvram.offload.profile import DEVICE_ALLOCATOR
 from lowvram.options import SamplingParams
 from lowvram.room import Room
 from lowvram.runtime import OmniRuntime
@@ -105,20 +103,13 @@ def test_budgets_that_come_and_go_change_nothing(omni: OmniRuntime, undisturbed:
     assert_same_answer(answer(ask(omni), change), undisturbed)
 
 
-class Crowded(NoMeter):
-    """Stands for the count of a card on which others in the process take 4 TiB whenever a phase runs."""
-
-    kind = DEVICE_ALLOCATOR
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self.peaks[name] = 4096 * GIB
-        yield
+OTHERS_BYTES = 4096 * GIB
+"""Taken by others in the process whenever a phase runs."""
 
 
 def test_what_others_take_meanwhile_is_told_and_ends_no_answer(omni: OmniRuntime, caplog: pytest.LogCaptureFixture):
     expected = answer(greet(omni))
-    omni._machine = replace(omni._machine, meter=Crowded())
+    omni._machine = replace(omni._machine, meter=CardCount(OTHERS_BYTES))
     assert_same_answer(answer(greet(omni)), expected)
     assert 'phase "think+talk+sound" held 4096' in caplog.text
 
@@ -127,7 +118,7 @@ def test_a_phase_that_comes_again_is_not_measured_against_a_plan_that_came_in_be
     omni: OmniRuntime, caplog: pytest.LogCaptureFixture
 ):
     """Its peak is of both times, and was meant to be higher the first time."""
-    omni._machine = replace(omni._machine, meter=Crowded())
+    omni._machine = replace(omni._machine, meter=CardCount(OTHERS_BYTES))
     list(greet(omni))
     assert '"think+talk+sound" held' in caplog.text
     caplog.clear()

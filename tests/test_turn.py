@@ -129,14 +129,18 @@ CUTS = {
 }
 
 
-class Rounding(NoMeter):
-    """Stands for the count of a card that finds 60 MiB in each phase."""
+class CardCount(NoMeter):
+    """Stands for the count of a card that finds so many bytes in each phase."""
 
     kind = DEVICE_ALLOCATOR
 
+    def __init__(self, peak_bytes: int) -> None:
+        super().__init__()
+        self._peak_bytes = peak_bytes
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self.peaks[name] = 60 * MIB
+        self.peaks[name] = self._peak_bytes
         yield
 
 
@@ -144,7 +148,7 @@ class Rounding(NoMeter):
 def test_what_a_phase_took_of_the_slack_is_logged_and_what_is_beyond_it_is_warned_of(
     omni: OmniRuntime, slack_mib: int, level: str, caplog: pytest.LogCaptureFixture
 ):
-    omni._machine = replace(omni._machine, meter=Rounding())
+    omni._machine = replace(omni._machine, meter=CardCount(60 * MIB))
     with caplog.at_level(logging.INFO, "lowvram.turn"):
         list(run(omni, replace(plan_of([STAGES]), slack_bytes=slack_mib * MIB)))
     assert {record.levelname for record in caplog.records if "held 60.0 MiB more" in record.message} == {level}

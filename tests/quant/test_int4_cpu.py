@@ -27,14 +27,19 @@ def test_a_linear_that_the_kernel_cannot_take_keeps_awq_s_tensors(in_features: i
     assert layout == stored_layout(in_features, out_features, group_size)
 
 
-def test_torch_s_two_ways_read_the_same_weights():
-    backend = Int4CpuBackend(load=None)
+def product_of_many_rows(backend: Int4CpuBackend) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Packed weights of 256 inputs and 128 outputs, as many rows as are unpacked for, and their product by hand."""
     layout = backend.layout(256, 128, 32, torch.bfloat16)
     weights = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
     stored = random_stored(256, 128, 32)
     backend.pack(*stored, 32, weights)
     x = torch.randn(UNPACK_FROM_ROWS, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
-    exact = x.double() @ weight_by_hand(stored, 32).t()
+    return weights, x, x.double() @ weight_by_hand(stored, 32).t()
+
+
+def test_torch_s_two_ways_read_the_same_weights():
+    backend = Int4CpuBackend(load=None)
+    weights, x, exact = product_of_many_rows(backend)
     long = backend.matmul(x, weights, 32)
     short = torch.cat([backend.matmul(row, weights, 32) for row in x.split(1)])
     for product in (long, short):
@@ -48,12 +53,7 @@ def test_bytes_as_torch_packs_them_for_avx2_are_unpacked_for_many_rows(monkeypat
 
     monkeypatch.setattr(int4_cpu, "_pack_for_kernel", blocks_of_32_columns)
     backend = Int4CpuBackend()
-    layout = backend.layout(256, 128, 32, torch.bfloat16)
-    weights = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
-    stored = random_stored(256, 128, 32)
-    backend.pack(*stored, 32, weights)
-    x = torch.randn(UNPACK_FROM_ROWS, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
-    exact = x.double() @ weight_by_hand(stored, 32).t()
+    weights, x, exact = product_of_many_rows(backend)
     assert (backend.matmul(x, weights, 32) - exact).norm() <= 3e-3 * exact.norm()
 
 
